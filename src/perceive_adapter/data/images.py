@@ -1,0 +1,146 @@
+"""Images of any common kind to batches of planes in [0, 1], and back to the same kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perceive_adapter.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+__all__ = ["Image", "Planes", "read_image"]
+
+Image: TypeAlias = Union[str, "os.PathLike[str]", "PILImage.Image", "np.ndarray[Any, Any]", Tensor]
+
+
+@dataclass(frozen=True)
+class Planes:
+    """An image as planes, and the way back to its kind.
+
+    Args:
+        color: (B, 1 or 3, H, W), uint8 in [0, 255] or floating-point in [0, 1].
+        alpha: (B, 1, H, W) of the same dtype, or None.
+        pack: from (B, 1, 2, 3 or 4, H, W) of that dtype to the kind that was given.
+    """
+
+    color: Tensor
+    alpha: Tensor | None
+    pack: Callable[[Tensor], Any]
+
+
+def read_image(image: Image) -> Planes:
+    """Read a path, a PIL image, an array or a tensor.
+
+    Args:
+        image: a path; a PIL image; an array (H, W) or (H, W, C); a tensor (H, W), (C, H, W) or
+            (B, C, H, W). C is 1 or 3, and 2 or 4 with alpha. uint8, or floating-point in [0, 1].
+
+    Raises:
+        ImageError: another kind, shape or dtype, no pixels, NaN or infinite values, or a file
+            that cannot be read.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = _open(Path(image))
+    if isinstance(image, Tensor):
+        return _from_tensor(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if hasattr(image, "getbands"):
+        return _from_pil(image)
+    raise ImageError(
+        f"an image is a {type(image).__name__}; expected a path, a PIL image, an array or a tensor"
+    )
+
+
+def _open(path: Path) -> PILImage.Image:
+    from PIL import Image as PILImage
+    from PIL import ImageOps, UnidentifiedImageError
+
+    try:
+        with PILImage.open(path) as file:
+            return ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise ImageError(f"there is no image file {str(path)!r}; check the path") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ImageError(f"{str(path)!r} cannot be read as an image: {error}") from error
+
+
+def _from_pil(image: PILImage.Image) -> Planes:
+    from PIL import Image as PILImage
+
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        raise ImageError(
+            f"the PIL image has mode {image.mode!r}; expected L, LA, RGB or RGBA, "
+            "see Image.convert()"
+        )
+    planes = _from_array(np.array(image))
+    return Planes(planes.color, planes.alpha, lambda out: PILImage.fromarray(planes.pack(out)))
+
+
+def _from_array(image: np.ndarray[Any, Any]) -> Planes:
+    if image.ndim not in (2, 3):
+        raise ImageError(f"an array has shape {image.shape}; expected (H, W) or (H, W, C)")
+    if image.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+        raise ImageError(
+            f"an array has dtype {image.dtype}; expected uint8 in [0, 255] or floats in [0, 1]"
+        )
+    flat = image.ndim == 2
+    tensor = torch.from_numpy(np.ascontiguousarray(image))
+    planes = _from_tensor(tensor if flat else tensor.permute(2, 0, 1))
+
+    def pack(out: Tensor) -> np.ndarray[Any, Any]:
+        array: np.ndarray[Any, Any] = planes.pack(out).cpu().numpy()
+        return array if flat else np.ascontiguousarray(array.transpose(1, 2, 0))
+
+    return Planes(planes.color, planes.alpha, pack)
+
+
+def _from_tensor(image: Tensor) -> Planes:
+    if image.ndim not in (2, 3, 4):
+        raise ImageError(
+            f"a tensor has shape {tuple(image.shape)}; expected (H, W), (C, H, W) or (B, C, H, W)"
+        )
+    missing = 4 - image.ndim
+    batch = image[(None,) * missing]
+    if batch.shape[1] not in (1, 2, 3, 4) or 0 in batch.shape:
+        raise ImageError(
+            f"an image has shape {tuple(image.shape)}, read as {batch.shape[0]} images of "
+            f"{batch.shape[1]} channels; expected 1 (gray), 2 (with alpha), 3 (RGB) or 4 (with "
+            "alpha) channels and at least one pixel; tensors have channels first, arrays last"
+        )
+    _check_values(batch)
+    split = batch.shape[1] - 1 if batch.shape[1] in (2, 4) else batch.shape[1]
+    alpha = batch[:, split:] if split < batch.shape[1] else None
+
+    def pack(out: Tensor) -> Tensor:
+        return out[(0,) * missing]
+
+    return Planes(batch[:, :split], alpha, pack)
+
+
+def _check_values(image: Tensor) -> None:
+    if image.dtype == torch.uint8:
+        return
+    if not image.is_floating_point():
+        raise ImageError(
+            f"an image has dtype {image.dtype}; expected uint8 in [0, 255] or floats in [0, 1]"
+        )
+    low, high = (float(value) for value in torch.aminmax(image))
+    if not (low > float("-inf") and high < float("inf")):  # NaN fails every comparison
+        raise ImageError("an image has NaN or infinite values; expected floats in [0, 1]")
+    if low < -1.0 or high > 2.0:
+        raise ImageError(
+            f"a floating-point image has values from {low:g} to {high:g}; expected [0, 1]; "
+            "divide by 255, or give uint8"
+        )

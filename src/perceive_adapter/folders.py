@@ -1,0 +1,211 @@
+"""Folders of JSON and safetensors, as peft's adapters are: a config, tensors and a model card.
+
+Pickle is neither written nor read.
+"""
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from perceive_adapter.errors import CheckpointError, ConfigError
+
+__all__ = ["load_folder", "save_folder"]
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_CONFIG_BYTES = 16 * 2**20
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def save_folder(
+    path: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    config_name: str,
+    tensors_name: str,
+    card: str,
+) -> Path:
+    """Write a config, tensors and a model card into a folder, and give back the folder.
+
+    Each file is replaced atomically: a crash leaves the old file or the new one. The config gains
+    ``sha256``, the digest of the tensors file, so that :func:`load_folder` detects a truncated file
+    and a config beside another save's tensors. (It does not authenticate: whoever can change both
+    files can make them agree.)
+
+    Args:
+        path: folder, made if it does not exist.
+        config: what JSON can hold, except NaN and infinity; no key ``sha256``.
+        tensors: by name, any device and layout; they are stored contiguous and unshared.
+        config_name: file name of the config, such as ``adapter_config.json``.
+        tensors_name: file name of the tensors, such as ``adapter_model.safetensors``.
+        card: text of ``README.md``.
+
+    Raises:
+        CheckpointError: ``path`` is a file.
+        ConfigError: the config cannot be written as JSON.
+
+    Example:
+        >>> import tempfile, torch
+        >>> names = {"config_name": "a.json", "tensors_name": "a.safetensors"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_folder(folder, config={"rank": 4}, tensors={"w": torch.ones(2)},
+        ...                 card="# Adapter", **names) and None
+        ...     config, tensors = load_folder(folder, **names)
+        >>> config["rank"], tensors["w"]
+        (4, tensor([1., 1.]))
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(
+            f"cannot save to {str(folder)!r}: it is a file, and a folder is needed. "
+            "Give the name of a folder; it is made if it does not exist."
+        )
+    _dump({**config, "sha256": ""})  # fails before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {name: _detached(tensor) for name, tensor in tensors.items()}
+    data = safetensors.torch.save(stored, metadata={"format": "pt"})
+    _replace(folder / tensors_name, data)
+    _replace(folder / config_name, _dump({**config, "sha256": _sha256(data)}))
+    _replace(folder / "README.md", card.encode())
+    return folder
+
+
+def load_folder(
+    path: str | os.PathLike[str], config_name: str, tensors_name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what :func:`save_folder` wrote: the config, without its ``sha256``, and the tensors.
+
+    Values of the config are whatever the file says: callers check those that they use.
+
+    Args:
+        path: folder.
+        config_name: file name of the config.
+        tensors_name: file name of the tensors.
+
+    Returns:
+        The config, and the tensors by name, on the CPU.
+
+    Raises:
+        CheckpointError: the folder or a file is missing, is damaged, or holds pickle only.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"cannot load from {str(folder)!r}: it {what}, and a folder with {config_name} and "
+            f"{tensors_name} is needed. Give the folder that save_pretrained wrote."
+        )
+    config = _read_config(folder, config_name)
+    expected = config.pop("sha256", None)
+    if not isinstance(expected, str) or not _SHA256.fullmatch(expected):
+        raise CheckpointError(
+            f"{config_name} in {str(folder)!r} has sha256={_shorten(expected)}: expected the 64 "
+            f"hexadecimal digits of {tensors_name}'s digest, as save_pretrained writes them. "
+            "Save it again, or load another copy."
+        )
+    return config, _read_tensors(folder, tensors_name, expected)
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name
+    where = f"{name} in {str(folder)!r}"
+    remedy = "Load another copy, or save it again with save_pretrained."
+    if not file.is_file():
+        raise CheckpointError(
+            f"{where} is missing; the folder holds {_listing(folder)}. Give the folder that "
+            "save_pretrained wrote, and check that it holds this kind of checkpoint."
+        )
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise CheckpointError(
+            f"{where} has {file.stat().st_size} bytes: expected at most {_MAX_CONFIG_BYTES}. "
+            + remedy
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON ({error}). {remedy}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{where} holds a JSON {type(config).__name__}: expected an object. {remedy}"
+        )
+    return config
+
+
+def _read_tensors(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
+    file = folder / name
+    where = f"{name} in {str(folder)!r}"
+    remedy = "Copy or download the whole folder again."
+    if not file.is_file():
+        if any(entry.suffix in _PICKLES for entry in folder.iterdir()):
+            raise CheckpointError(
+                f"{where} is missing; the folder holds {_listing(folder)}. Pickle is never loaded, "
+                "since it can run code. Ask for a safetensors copy, or convert it yourself if you "
+                "trust its source."
+            )
+        raise CheckpointError(f"{where} is missing; the folder holds {_listing(folder)}. {remedy}")
+    data = file.read_bytes()
+    if data.startswith(_LFS_POINTER):
+        raise CheckpointError(f"{where} is a git LFS pointer, not the file. Run `git lfs pull`.")
+    actual = _sha256(data)
+    if actual != expected:
+        raise CheckpointError(
+            f"{where} ({len(data)} bytes) has the SHA-256 {actual}: expected {expected}. It was "
+            f"truncated or changed, or belongs to another save. {remedy}"
+        )
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{where} is not a safetensors file ({error}). {remedy}") from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Write a file beside ``target`` and move it into place."""
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        draft.write_bytes(data)
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _dump(config: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the config cannot be saved as JSON ({error}). "
+            "Use strings, finite numbers, booleans, None, lists and dicts."
+        ) from error
+    return text.encode()
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """A contiguous copy in memory of its own, which safetensors needs of tied weights."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _listing(folder: Path) -> str:
+    return _shorten(sorted(entry.name for entry in folder.iterdir()))
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

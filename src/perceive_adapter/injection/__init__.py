@@ -1,0 +1,1 @@
+"""Stage 2: sites, prompt modules, hooks, and the wrapped model."""

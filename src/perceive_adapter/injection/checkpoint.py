@@ -1,0 +1,301 @@
+"""Adapters on disk: a config, safetensors and a model card, loaded strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter._version import __version__
+from perceive_adapter.config import AdapterConfig, from_dict, to_dict
+from perceive_adapter.errors import (
+    AdapterMismatchError,
+    BackboneError,
+    CheckpointError,
+    ConfigError,
+    PerceiveError,
+    SiteError,
+)
+from perceive_adapter.hub import load_folder, push_folder, resolve, save_folder
+from perceive_adapter.injection.injector import PromptInjector
+from perceive_adapter.injection.perception import ValueRange
+from perceive_adapter.injection.plan import SitePlan
+
+if TYPE_CHECKING:
+    from perceive_adapter.injection.model import PerceiveModel
+
+__all__ = [
+    "AdapterFile",
+    "agree",
+    "fingerprint",
+    "load_unfrozen",
+    "push_adapter",
+    "read_adapter",
+    "save_adapter",
+]
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+BACKBONE_PREFIX = "backbone."
+INJECTOR_PREFIX = "injector."
+
+
+@dataclass(frozen=True)
+class BackboneRecord:
+    """Which backbone an adapter was made for."""
+
+    name: str
+    fingerprint: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PerceiverRecord:
+    """Which perceiver steered it; the name is what it was loaded by, if by a name."""
+
+    fingerprint: str
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What ``adapter_config.json`` holds."""
+
+    format_version: int
+    package_version: str
+    config: AdapterConfig
+    plan: SitePlan
+    backbone: BackboneRecord
+    perceiver: PerceiverRecord | None
+    value_range: ValueRange
+    image_position: int | None
+    image_name: str | None
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A saved adapter, read and checked, and not yet attached to anything."""
+
+    record: AdapterRecord
+    injector: PromptInjector
+    unfrozen: Mapping[str, Tensor]
+    where: str
+
+
+def fingerprint(backbone: nn.Module, originals: Mapping[str, Tensor] | None = None) -> str:
+    """Return a sha256 over the names, shapes, dtypes and values of a backbone's weights.
+
+    Args:
+        backbone: any module.
+        originals: values to hash in place of the present ones, by name.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(backbone.state_dict().items()):
+        if isinstance(value, Tensor):
+            value = (originals or {}).get(name, value).detach().cpu().contiguous()
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_adapter(model: PerceiveModel, folder: str | os.PathLike[str]) -> None:
+    """See :meth:`PerceiveModel.save_pretrained`."""
+    frozen = model.frozen
+    if not model.injector.attached:
+        raise BackboneError("this model was unwrapped; save it before")
+    tower = model.perceiver
+    position, name = model.image_arg
+    record = AdapterRecord(
+        format_version=FORMAT_VERSION,
+        package_version=__version__,
+        config=model.injector.config,
+        plan=model.sites,
+        backbone=BackboneRecord(
+            type(model.backbone).__name__,
+            fingerprint(model.backbone, frozen.originals),
+            model.sites.backbone_parameters,
+        ),
+        perceiver=PerceiverRecord(tower.fingerprint(), model.perceiver_name) if tower else None,
+        value_range=model.value_range,
+        image_position=position,
+        image_name=name,
+    )
+    tensors = {INJECTOR_PREFIX + k: v for k, v in model.injector.state_dict().items()}
+    tensors |= {BACKBONE_PREFIX + name: value for name, value in frozen.changed().items()}
+    save_folder(
+        folder,
+        config=to_dict(record),
+        tensors=tensors,
+        config_name=CONFIG_NAME,
+        tensors_name=TENSORS_NAME,
+        card=_card(model, record),
+    )
+
+
+def push_adapter(model: PerceiveModel, repo_id: str, **options: Any) -> str:
+    """See :meth:`PerceiveModel.push_to_hub`."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        return push_folder(folder, repo_id, **options)
+
+
+def read_adapter(name_or_path: str | os.PathLike[str], backbone: nn.Module) -> AdapterFile:
+    """Read a saved adapter and check that it is sound and fits ``backbone``; touch nothing.
+
+    Raises:
+        CheckpointError: missing, damaged, of an unknown format, or with other tensors than its
+            config describes.
+        AdapterMismatchError: it belongs to a backbone with other modules or shapes.
+    """
+    where = str(name_or_path)
+    data, tensors = load_folder(resolve(name_or_path), CONFIG_NAME, TENSORS_NAME)
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "upgrade perceive_adapter" if newer else "is it an adapter of perceive_adapter?"
+        raise CheckpointError(
+            f"{where}: {CONFIG_NAME} has format_version {version!r}, and perceive_adapter "
+            f"{__version__} reads {FORMAT_VERSION}; {remedy}"
+        )
+    record = from_dict(AdapterRecord, data, f"{where}: {CONFIG_NAME}")
+    unfrozen = _with_prefix(tensors, BACKBONE_PREFIX)
+    own = _with_prefix(tensors, INJECTOR_PREFIX)
+    prefixes = (BACKBONE_PREFIX, INJECTOR_PREFIX)
+    if extra := sorted(name for name in tensors if not name.startswith(prefixes)):
+        raise CheckpointError(
+            f"{where}: {TENSORS_NAME} holds tensors of no known part: {', '.join(extra[:5])}"
+        )
+    injector = _rebuild(record, own, where)
+    _check_backbone(record, injector, unfrozen, backbone, where)
+    return AdapterFile(record, injector, unfrozen, where)
+
+
+def load_unfrozen(model: PerceiveModel, file: AdapterFile, *, is_trainable: bool) -> None:
+    """Put the backbone weights that were trained with an adapter into the backbone."""
+    model.frozen.keep(file.unfrozen)
+    with torch.no_grad():
+        for name, value in file.unfrozen.items():
+            parameter = model.backbone.get_parameter(name)
+            parameter.copy_(value)
+            parameter.requires_grad_(is_trainable)
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _rebuild(record: AdapterRecord, tensors: Mapping[str, Tensor], where: str) -> PromptInjector:
+    """Build the injector on the meta device first: a hostile config costs no memory."""
+    try:
+        with torch.device("meta"):
+            injector = PromptInjector(record.plan, record.config)
+    except (PerceiveError, RuntimeError, TypeError, ValueError, KeyError, OverflowError) as error:
+        raise CheckpointError(
+            f"{where}: {CONFIG_NAME} describes no adapter that can be built: {error}"
+        ) from error
+    expected = injector.state_dict()
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)} of {tensors[name].dtype}, expected "
+        f"{tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors
+        and (tensors[name].shape != value.shape or not tensors[name].is_floating_point())
+    ]
+    if missing or extra or wrong:
+        raise CheckpointError(
+            f"{where}: {TENSORS_NAME} does not hold what {CONFIG_NAME} describes: "
+            f"{len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
+            f"{len(wrong)} of another shape or dtype {wrong[:3]}"
+        )
+    injector.load_state_dict(dict(tensors), assign=True)
+    return injector
+
+
+def _check_backbone(
+    record: AdapterRecord,
+    injector: PromptInjector,
+    unfrozen: Mapping[str, Tensor],
+    backbone: nn.Module,
+    where: str,
+) -> None:
+    kind = type(backbone).__name__
+    parameters = dict(backbone.named_parameters())
+    other = [
+        name
+        for name, value in unfrozen.items()
+        if name not in parameters or parameters[name].shape != value.shape
+    ]
+    try:
+        injector.check_fits(backbone)
+        if other:
+            raise SiteError(f"it changes parameters that are not there: {', '.join(other[:5])}")
+    except SiteError as error:
+        raise AdapterMismatchError(
+            f"{where} was made for a {record.backbone.name} of {record.backbone.parameters:,} "
+            f"parameters and does not fit this {kind}: {error}"
+        ) from error
+    if fingerprint(backbone) != record.backbone.fingerprint:
+        warnings.warn(
+            f"{where} was trained on a {record.backbone.name} with other weights than this "
+            f"{kind}; it loads, since the shapes agree, and may restore badly",
+            stacklevel=4,
+        )
+
+
+def agree(name: str, given: Any, default: Any, saved: Any) -> Any:
+    """Return the saved value, unless the caller asked for another one.
+
+    Raises:
+        ConfigError: the given value is neither the default nor the saved one.
+    """
+    if given not in (default, saved):
+        raise ConfigError(
+            f"{name}={given!r} contradicts the saved adapter's {saved!r}; leave it out"
+        )
+    return saved
+
+
+def _card(model: PerceiveModel, record: AdapterRecord) -> str:
+    plan = record.plan
+    share = 100 * plan.parameters / max(plan.backbone_parameters, 1)
+    steered = ", ".join(model.injector.encoder.sources)
+    return f"""---
+library_name: perceive_adapter
+tags: [image-restoration, adapter]
+---
+# Adapter for {record.backbone.name}
+
+A perceive_adapter adapter: prompt modules for a frozen `{record.backbone.name}` of
+{plan.backbone_parameters:,} parameters ({plan.parameters:,} trainable, {share:.1f} %), steered by
+{steered}.
+
+```python
+from perceive_adapter import wrap
+
+model = wrap(backbone, "path/to/this/folder")  # backbone: the same network, with its own weights
+restored = model.restore("photo.jpg")
+```
+
+| | |
+|---|---|
+| format version | {record.format_version} |
+| perceive_adapter | {record.package_version} |
+| backbone fingerprint | `{record.backbone.fingerprint[:16]}` |
+| level sites | {len(plan.of("level"))}, {record.config.level} |
+| layer sites | {len(plan.of("layer"))}, {record.config.layer} |
+| backbone parameters trained with it | {len(model.frozen.originals)} |
+
+## Sites
+```
+{plan}
+```
+"""

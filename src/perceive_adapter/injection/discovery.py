@@ -1,0 +1,291 @@
+"""Planning the sites of a backbone: by discovery within a budget, or as the user names them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter.config import AdapterConfig
+from perceive_adapter.errors import BackboneError, SiteError
+from perceive_adapter.injection.condition import ConditionEncoder
+from perceive_adapter.injection.globs import matching
+from perceive_adapter.injection.injector import check_backbone
+from perceive_adapter.injection.layouts import Traces, layer_layout, level_feature
+from perceive_adapter.injection.levels import choose_levels
+from perceive_adapter.injection.plan import Geometry, Site, SitePlan
+from perceive_adapter.injection.probe import Example, Trace, check_image, image_in, quiet, trace
+from perceive_adapter.injection.prompts import build_prompt, is_dense
+from perceive_adapter.injection.verify import verified
+
+__all__ = ["plan_sites"]
+
+PROBE_SIZE = 64
+
+
+def plan_sites(
+    backbone: nn.Module,
+    *,
+    sites: str | Sequence[str] | None = None,
+    config: AdapterConfig | None = None,
+    example: Any = None,
+    image_arg: int | str = 0,
+) -> SitePlan:
+    """Find where prompts can go into a backbone that nobody prepared, and change nothing.
+
+    Three dry runs, of which one has a larger batch and one another size, tell which module's
+    output is a feature map, on which axes, and which dense layers see the images of a batch.
+
+    Args:
+        backbone: network from degraded to restored image.
+        sites: dotted module names or globs (``*`` stays within one level, ``**`` does not), with
+            an optional prefix ``level:`` or ``layer:``; None discovers within the budget.
+        config: kinds of prompt modules, rank and budget.
+        example: input of the dry run, an image (B, C, H, W) or a tuple of arguments or a mapping
+            of keyword arguments; None tries (1, C, 64, 64).
+        image_arg: position or keyword of the image among the arguments.
+
+    Returns:
+        The plan; ``print(plan)`` shows it as a table.
+
+    Raises:
+        SiteError: nothing matches, or the layout of a named site is ambiguous.
+        BackboneError: the dry run fails, or gives no image.
+        ConfigError: a bad configuration.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
+        >>> [site.name for site in plan_sites(net).of("layer")]
+        ['0', '1']
+    """
+    config = config or AdapterConfig()
+    check_backbone(backbone)
+    with quiet(backbone):
+        given, base = dry_run(backbone, example, image_arg)
+        traces, scale = _traces(backbone, given, base)
+        plan = SitePlan(
+            sites=tuple(_find(backbone, sites, traces, config)),
+            image_channels=given.image.shape[1],
+            scale=scale,
+            probe_size=(given.image.shape[2], given.image.shape[3]),
+            backbone_parameters=sum(p.numel() for p in backbone.parameters()),
+        )
+        named = sites is not None
+        plan = _fit_budget(plan, config, keep_all=named)
+        return verified(backbone, plan, config, given, base.output, named=named)
+
+
+def _find(
+    backbone: nn.Module, sites: str | Sequence[str] | None, traces: Traces, config: AdapterConfig
+) -> list[Site]:
+    modules = dict(backbone.named_modules())
+    if sites is None:
+        found = _discover(backbone, modules, traces)
+    else:
+        patterns = [sites] if isinstance(sites, str) else list(sites)
+        found = _named(patterns, modules, traces)
+    found = [site for site in found if getattr(config, site.role) is not None]
+    if not found:
+        raise SiteError(
+            f"no injection site was found in {type(backbone).__name__}: of its {len(modules)} "
+            "modules none gives a feature map or is a dense layer that sees each image of a "
+            "batch; name modules with sites=[...]"
+        )
+    return found
+
+
+def dry_run(backbone: nn.Module, example: Any, image_arg: int | str) -> tuple[Example, Trace]:
+    """Run ``backbone`` on the example, or on the first guess that it takes.
+
+    Raises:
+        BackboneError: the backbone refuses the example, or every guess where none is given.
+    """
+    if example is not None:
+        given = _as_example(example, image_arg)
+        check_image(given.image, None, "the example's image")
+        return given, _traced(backbone, given)
+    problem: BackboneError | None = None
+    for guess in _guesses(backbone, image_arg):
+        try:
+            return guess, _traced(backbone, guess)
+        except BackboneError as error:
+            problem = error
+    raise BackboneError(
+        f"{type(backbone).__name__} runs on none of the guessed inputs (1, C, {PROBE_SIZE}, "
+        f"{PROBE_SIZE}); give one that works as example=..., an image (1, C, H, W) or a tuple or "
+        f"mapping of all arguments. The last failure: {problem}"
+    ) from problem
+
+
+def _guesses(backbone: nn.Module, image_arg: int | str) -> Iterator[Example]:
+    like = next(iter(backbone.parameters()), torch.empty(0))
+    first = [m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)][:1]
+    for channels in dict.fromkeys([*(c for c in first if c <= 16), 3, 1, 4]):
+        generator = torch.Generator().manual_seed(0)
+        image = torch.rand(1, channels, PROBE_SIZE, PROBE_SIZE, generator=generator).to(like)
+        if isinstance(image_arg, str):
+            yield Example((), {image_arg: image}, image_arg)
+        elif image_arg == 0:
+            yield Example((image,), {}, image_arg)
+
+
+def _as_example(example: Any, image_arg: int | str) -> Example:
+    if isinstance(example, Tensor):
+        if isinstance(image_arg, str):
+            return Example((), {image_arg: example}, image_arg)
+        example = (example,)
+    if isinstance(example, Mapping):
+        return Example((), dict(example), image_arg)
+    return Example(tuple(example), {}, image_arg)
+
+
+def _traced(backbone: nn.Module, example: Example) -> Trace:
+    try:
+        return trace(backbone, example)
+    except Exception as error:  # whatever a network raises for an input that it was not made for
+        raise BackboneError(
+            f"{type(backbone).__name__} fails on an image {tuple(example.image.shape)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _traces(backbone: nn.Module, example: Example, base: Trace) -> tuple[Traces, float]:
+    """Add a doubled batch and another size to the base case; the backbone may refuse them."""
+    image = example.image
+    if image.shape[0] != 1:
+        raise BackboneError(f"the example's image has batch {image.shape[0]}; give a batch of one")
+    restored = image_in(base.output, 1)
+    height, width = image.shape[2:]
+    batch = _try_trace(backbone, example.doubled(), fingerprints=True)
+    size = _try_trace(backbone, example.resized(height // 2, width // 2), fingerprints=False)
+    if size is None:
+        size = _try_trace(backbone, example.resized(2 * height, 2 * width), fingerprints=False)
+    return Traces(base, batch, size, (height, width)), restored.shape[-1] / width
+
+
+def _try_trace(backbone: nn.Module, example: Example, *, fingerprints: bool) -> Trace | None:
+    try:
+        return trace(backbone, example, fingerprints=fingerprints)
+    except Exception:  # whatever a network raises for a size that it was not made for
+        return None
+
+
+def _discover(backbone: nn.Module, modules: Mapping[str, nn.Module], traces: Traces) -> list[Site]:
+    levels = [
+        Site(
+            stage.name,
+            "level",
+            stage.feature.channels,
+            stage.feature.stride,
+            stage.feature.layout,
+            reason=why,
+        )
+        for stage, why in choose_levels(backbone, traces)
+    ]
+    layers = [
+        site
+        for name in modules
+        if isinstance(site := _layer_site(name, modules, traces, "dense layer"), Site)
+    ]
+    return levels + sorted(layers, key=lambda site: traces.base.calls[site.name][0].end)
+
+
+def _layer_site(
+    name: str, modules: Mapping[str, nn.Module], traces: Traces, reason: str
+) -> Site | str:
+    module = modules[name]
+    if not is_dense(module):
+        return f"a {type(module).__name__} is no ungrouped Conv2d and no Linear"
+    layout = layer_layout(name, module, traces)
+    if isinstance(layout, str):
+        return layout
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return "it has no weight tensor"
+    feature = level_feature(name, traces)
+    stride = None if isinstance(feature, str) else feature.stride
+    return Site(
+        name,
+        "layer",
+        weight.shape[0],
+        stride,
+        layout,
+        weight_shape=tuple(weight.shape),
+        geometry=Geometry.of(module) if isinstance(module, nn.Conv2d) else None,
+        reason=reason,
+    )
+
+
+def _level_site(name: str, traces: Traces, reason: str) -> Site | str:
+    feature = level_feature(name, traces)
+    if isinstance(feature, str):
+        return feature
+    return Site(name, "level", feature.channels, feature.stride, feature.layout, reason=reason)
+
+
+def _named(patterns: Sequence[str], modules: Mapping[str, nn.Module], traces: Traces) -> list[Site]:
+    """Turn names and globs into sites; every pattern has to match something usable."""
+    chosen: dict[tuple[str, str], Site] = {}
+    for pattern in patterns:
+        role, _, glob = pattern.rpartition(":")
+        if role not in ("", "level", "layer"):
+            raise SiteError(f"site {pattern!r}: prefix {role!r} is unknown; use level: or layer:")
+        names = matching(glob, modules, "module")
+        found, problems = [], []
+        for name in names:
+            kind = role or ("layer" if is_dense(modules[name]) else "level")
+            site = (
+                _layer_site(name, modules, traces, f"named by {pattern!r}")
+                if kind == "layer"
+                else _level_site(name, traces, f"named by {pattern!r}")
+            )
+            if isinstance(site, str):
+                problems.append(f"{name}: {site}")
+            else:
+                found.append(site)
+        if not found:
+            raise SiteError(
+                f"site {pattern!r} matches {len(names)} modules and none can be used: "
+                + "; ".join(problems[:5])
+            )
+        chosen.update({(site.role, site.name): site for site in found})
+    order = {"level": 0, "layer": 1}
+    return sorted(chosen.values(), key=lambda s: (order[s.role], traces.base.calls[s.name][0].end))
+
+
+def _fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> SitePlan:
+    """Choose the highest rank that fits, dropping the dearest layers where even rank 1 does not."""
+    with torch.device("meta"):
+        encoder = ConditionEncoder(config, plan.image_channels)
+    plan = plan.replace(encoder_parameters=sum(p.numel() for p in encoder.parameters()))
+    budget = config.budget or max(120_000, round(0.03 * plan.backbone_parameters))
+    ranks = [config.rank] if config.rank else range(config.max_rank, 0, -1)
+    for rank in ranks:
+        fitted = _with_rank(plan, config, rank)
+        if fitted.parameters <= budget or config.rank:
+            return fitted
+    while not keep_all and fitted.parameters > budget and fitted.of("layer"):
+        dearest = max(fitted.of("layer"), key=lambda site: site.parameters)
+        fitted = fitted.replace(sites=tuple(s for s in fitted if s is not dearest))
+    if fitted.parameters > budget:
+        raise SiteError(
+            f"the smallest adapter for these sites has {fitted.parameters:,} parameters and the "
+            f"budget is {budget:,}; name fewer sites, or raise AdapterConfig(budget=...)"
+        )
+    return fitted
+
+
+def _with_rank(plan: SitePlan, config: AdapterConfig, rank: int) -> SitePlan:
+    return plan.replace(sites=tuple(_sized(site, config, rank) for site in plan))
+
+
+def _sized(site: Site, config: AdapterConfig, rank: int) -> Site:
+    if site.role == "layer":
+        outputs, inputs = site.weight_shape[0], torch.Size(site.weight_shape[1:]).numel()
+        site = dataclasses.replace(site, rank=min(rank, outputs, inputs))
+    with torch.device("meta"):
+        prompt = build_prompt(site, config)
+    return dataclasses.replace(site, parameters=sum(p.numel() for p in prompt.parameters()))

@@ -1,0 +1,292 @@
+"""The hooks: prompt modules at the sites of a backbone, steered by one condition."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from perceive_adapter.config import AdapterConfig
+from perceive_adapter.errors import (
+    AlreadyWrappedError,
+    BackboneError,
+    CompiledBackboneError,
+    PerceptionError,
+    SiteError,
+)
+from perceive_adapter.injection.condition import ConditionEncoder
+from perceive_adapter.injection.perception import Perception
+from perceive_adapter.injection.plan import Geometry, Site, SitePlan
+from perceive_adapter.injection.prompts import Foldable, build_prompt, is_dense
+
+__all__ = ["PromptInjector", "check_backbone"]
+
+
+class ConditionState:
+    """What the hooks of one injector read. It outlives the forward pass.
+
+    Activation checkpointing runs the hooks again in the backward pass, so the condition stays;
+    ``armed`` says whether a forward pass that set it is under way, so that the backbone, called by
+    itself, never runs on a stale one.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.armed = False
+        self.condition: Tensor | None = None
+
+    def current(self) -> Tensor:
+        """Return the condition (B, L, C)."""
+        if self.condition is None or not (self.armed or _in_backward()):
+            raise PerceptionError(
+                "the wrapped backbone was called by itself, without a fresh perception; call the "
+                "PerceiveModel, or use its disabled() context, or unwrap() it"
+            )
+        return self.condition
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A condition belongs to the graph of one forward pass: it is neither copied nor saved.
+        return {"enabled": self.enabled, "armed": False, "condition": None}
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class Lock:
+    """A re-entrant lock that copies and pickles as a new, open one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
+class PromptSite(nn.Module):
+    """The prompt module of one site, and the hook that applies it."""
+
+    def __init__(
+        self, site: Site, config: AdapterConfig, state: ConditionState, depth: float
+    ) -> None:
+        super().__init__()
+        self.site = site
+        self.prompt = build_prompt(site, config)
+        self.state = state
+        self.depth = depth
+        self.foldable = isinstance(self.prompt, Foldable)
+        self.folded = False
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook: give the module's output, changed by the prompt."""
+        if not self.state.enabled or self.folded:
+            return None
+        source = args[0] if args else output
+        changed: Tensor = self.prompt(output, self.condition(), source)
+        return changed
+
+    def condition(self) -> Tensor:
+        """Return what this site sees of the condition, (B, C): the vector of its depth."""
+        return self.at_depth(self.state.current())
+
+    def at_depth(self, condition: Tensor) -> Tensor:
+        """Select this site's depth from (B, L, C)."""
+        return condition[:, int(self.depth * condition.shape[1])]
+
+
+class PromptInjector(nn.Module):
+    """Prompt modules and the hooks that bring them into a backbone.
+
+    :func:`~perceive_adapter.wrap` does all of this; use the injector by itself to build your own
+    model around it. Hooks are bound methods, installed once by :meth:`attach` and switched by
+    :attr:`enabled`. The backbone is neither frozen nor registered here.
+
+    Args:
+        plan: sites, from :func:`~perceive_adapter.plan_sites`.
+        config: kinds of the prompt modules and sources of the condition.
+
+    Example:
+        >>> from perceive_adapter import Perception, PromptInjector, plan_sites
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
+        >>> injector = PromptInjector(plan_sites(net), AdapterConfig())
+        >>> injector.attach(net)
+        >>> image = torch.rand(1, 3, 32, 32)
+        >>> with injector.conditioned(injector.perceive(image)):
+        ...     net(image).shape
+        torch.Size([1, 3, 32, 32])
+        >>> injector.detach()
+    """
+
+    def __init__(self, plan: SitePlan, config: AdapterConfig | None = None) -> None:
+        super().__init__()
+        self.plan = plan
+        self.config = config or AdapterConfig()
+        self.state = ConditionState()
+        self.lock = Lock()
+        self.encoder = ConditionEncoder(self.config, plan.image_channels)
+        self.levels = self._sites("level")
+        self.layers = self._sites("layer")
+        self._handles: list[RemovableHandle] = []
+        self._hooked: dict[tuple[str, str], nn.Module] = {}
+
+    def _sites(self, role: Any) -> nn.ModuleDict:
+        sites = self.plan.of(role)
+        return nn.ModuleDict(
+            {
+                site.name.replace(".", "/"): PromptSite(
+                    site, self.config, self.state, depth=i / len(sites)
+                )
+                for i, site in enumerate(sites)
+            }
+        )
+
+    @property
+    def prompt_sites(self) -> list[PromptSite]:
+        """The sites with their prompt modules, levels first."""
+        return [cast(PromptSite, s) for s in (*self.levels.values(), *self.layers.values())]
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are installed."""
+        return bool(self._handles)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the hooks change anything."""
+        return self.state.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self.state.enabled = value
+
+    def attach(self, backbone: nn.Module) -> None:
+        """Install the hooks, after checking that every site is there.
+
+        Raises:
+            CompiledBackboneError: the backbone is compiled or scripted.
+            AlreadyWrappedError: it carries the hooks of an injector, or this one is attached.
+            SiteError: a site is missing, or its module has another shape or geometry.
+        """
+        if self.attached:
+            raise AlreadyWrappedError("this injector is attached already; detach() it first")
+        check_backbone(backbone)
+        self._hooked = self.check_fits(backbone)
+        self._handles = [
+            self.module_at(prompt.site).register_forward_hook(prompt.hook)
+            for prompt in reversed(self.prompt_sites)  # a layer's branch before its level's change
+        ]
+
+    def detach(self) -> None:
+        """Remove the hooks; the prompt modules stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._hooked = {}
+
+    def module_at(self, site: Site) -> nn.Module:
+        """Return the module of the attached backbone at ``site``."""
+        return self._hooked[site.role, site.name]
+
+    def check_fits(self, backbone: nn.Module) -> dict[tuple[str, str], nn.Module]:
+        """Return the module of ``backbone`` at the (role, name) of every site.
+
+        Raises:
+            SiteError: a site is missing, or its module has another shape or geometry.
+        """
+        modules = dict(backbone.named_modules())
+        for site in self.plan:
+            _check_site(site, modules.get(site.name), type(backbone).__name__)
+        return {(site.role, site.name): modules[site.name] for site in self.plan}
+
+    def perceive(self, image: Tensor) -> Perception:
+        """Return the compact features of images (B, C, H, W) in [0, 1].
+
+        Raises:
+            PerceptionError: this injector's sources do not include the compact features.
+        """
+        if self.encoder.compact is None:
+            raise PerceptionError(
+                f"this adapter is steered by {', '.join(self.encoder.sources)}, not by compact "
+                "features; give it perception=Perception(...)"
+            )
+        return Perception(compact=self.encoder.compact(image))
+
+    def arm(self, condition: Tensor) -> None:
+        """Set the condition (B, L, C) for the forward pass that follows."""
+        self.state.condition = condition
+        self.state.armed = True
+
+    def disarm(self) -> None:
+        """End the forward pass; its backward pass still finds the condition."""
+        self.state.armed = False
+
+    @contextmanager
+    def conditioned(self, perception: Perception) -> Iterator[None]:
+        """Let the backbone run with ``perception``, as often as wanted, inside the context."""
+        with self.lock:
+            self.arm(self.encoder(perception))
+            try:
+                yield
+            finally:
+                self.disarm()
+
+
+def check_backbone(backbone: nn.Module) -> None:
+    """Raise if hooks cannot be installed on ``backbone`` as it is.
+
+    Raises:
+        BackboneError: no module, without parameters, on several devices, or on the meta device.
+        CompiledBackboneError: compiled or scripted.
+        AlreadyWrappedError: it carries the hooks of an injector.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise BackboneError(
+            f"the backbone is a {type(backbone).__name__}; expected a torch.nn.Module (of a "
+            "spandrel descriptor, take .model)"
+        )
+    for module in backbone.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CompiledBackboneError("the backbone is scripted; wrap the Python module instead")
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
+            raise CompiledBackboneError(
+                "the backbone is compiled, so new hooks would be ignored; wrap the original "
+                "first and compile the result: torch.compile(wrap(backbone))"
+            )
+        for hook in module._forward_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), PromptSite):
+                raise AlreadyWrappedError(
+                    "the backbone is wrapped already; use the model that wraps it, its "
+                    "add_adapter(), or unwrap() it first"
+                )
+    devices = {tensor.device for tensor in backbone.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise BackboneError(
+            f"the backbone's parameters are on {', '.join(sorted(map(str, devices)))}; move it to "
+            "one real device first"
+        )
+
+
+def _check_site(site: Site, module: nn.Module | None, backbone: str) -> None:
+    if module is None:
+        raise SiteError(f"site {site.name!r} is no module of this {backbone}")
+    if site.role == "level":
+        return
+    weight = getattr(module, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    geometry = Geometry.of(module) if isinstance(module, nn.Conv2d) else None
+    if not is_dense(module) or shape != site.weight_shape or geometry != site.geometry:
+        raise SiteError(
+            f"site {site.name!r} of this {backbone} is a {type(module).__name__} with weight "
+            f"{shape}, {geometry}; the plan expects {site.weight_shape}, {site.geometry}"
+        )

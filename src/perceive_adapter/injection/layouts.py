@@ -1,0 +1,143 @@
+"""Which axis is which: told by changing the batch, then the size, and looking at the shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter.injection.plan import Layout
+from perceive_adapter.injection.probe import Call, Trace
+
+__all__ = ["Feature", "Traces", "layer_layout", "level_feature"]
+
+MIN_CHANNELS = 5
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Dry runs of one backbone that differ in one thing each; None where it refused the input."""
+
+    base: Trace
+    batch: Trace | None
+    size: Trace | None
+    image_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A module's output as a feature map."""
+
+    layout: Layout
+    channels: int
+    stride: float
+    input_stride: float
+
+
+def level_feature(name: str, traces: Traces) -> Feature | str:
+    """Read a module's output as a feature map, or say in words why it is none."""
+    calls = traces.base.calls.get(name, [])
+    if not calls:
+        return "its hook never fires in a forward pass"
+    if len(calls) > 1:
+        return f"it runs {len(calls)} times in one forward pass"
+    shape = calls[0].output_shape
+    if shape is None:
+        return "its output is not a single tensor"
+    if len(shape) not in (3, 4) or shape[0] != 1:
+        return f"its output {shape} is no feature map"
+    if (sizes := _shape(traces.size, name)) is None and len(shape) == 4:
+        return _guess_feature(shape, calls[0], traces)
+    if sizes is None or len(sizes) != len(shape):
+        return f"the layout of its output {shape} cannot be told"
+    if (batch := _shape(traces.batch, name)) is not None and batch != (2, *shape[1:]):
+        return f"its output {shape} does not have the batch as its first axis"
+    spatial = [i for i in range(1, len(shape)) if shape[i] != sizes[i]]
+    channel = [i for i in range(1, len(shape)) if i not in spatial]
+    if len(spatial) != len(shape) - 2:
+        return f"its output {shape} does not grow with the image"
+    axis = 1 if channel == [1] else -1
+    if axis == -1 and channel != [len(shape) - 1]:
+        return f"its output {shape} has its channels neither first nor last"
+    return _feature(shape, axis, calls[0], traces.image_size)
+
+
+def _guess_feature(shape: tuple[int, ...], call: Call, traces: Traces) -> Feature | str:
+    """Read a 4-D output of a network that takes one size only: space is what has its aspect."""
+    height, width = traces.image_size
+    first = shape[2] * width == shape[3] * height and shape[2] <= height
+    last = shape[1] * width == shape[2] * height and shape[1] <= height
+    if first == last:
+        return f"the layout of its output {shape} is ambiguous, NCHW or NHWC"
+    return _feature(shape, 1 if first else -1, call, traces.image_size)
+
+
+def _feature(
+    shape: tuple[int, ...], axis: int, call: Call, image_size: tuple[int, int]
+) -> Feature | str:
+    channels = shape[axis]
+    if channels < MIN_CHANNELS:
+        return f"its output {shape} is an image, not features"
+    stride = _stride(shape, channels, image_size)
+    inputs = call.input_shape
+    known = inputs is not None and len(inputs) == len(shape) and inputs[0] == 1
+    before = _stride(inputs, inputs[axis], image_size) if known and inputs is not None else stride
+    return Feature(Layout(0, axis), channels, stride, before)
+
+
+def _stride(shape: Sequence[int], channels: int, image_size: tuple[int, int]) -> float:
+    positions = torch.Size(shape).numel() / channels
+    ratio = float((image_size[0] * image_size[1] / max(positions, 1)) ** 0.5)
+    return round(ratio, 3)
+
+
+def layer_layout(name: str, module: nn.Module, traces: Traces) -> Layout | str:
+    """Tell where a dense layer's input has the batch, or say in words why nothing can go there."""
+    calls = traces.base.calls.get(name, [])
+    if not calls:
+        return "its hook never fires in a forward pass"
+    if any(call.input_shape is None or call.output_shape is None for call in calls):
+        return "it is not called with one tensor, or does not give one"
+    if any(call.input_changed for call in calls):
+        return "its input is changed in place afterwards"
+    axis = -1 if isinstance(module, nn.Linear) else 1
+    if traces.batch is None:
+        return Layout(0, axis)
+    doubled = traces.batch.calls.get(name, [])
+    if len(doubled) != len(calls):
+        return "it runs more often for a larger batch"
+    found = {_batch_axis(one, two, axis) for one, two in zip(calls, doubled, strict=True)}
+    if len(found) > 1:
+        return "its calls differ in where they have the batch"
+    return found.pop()
+
+
+def _batch_axis(one: Call, two: Call, axis: int) -> Layout | str:
+    before, after = one.input_shape or (), two.input_shape or ()
+    grown = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if b == 2 * a]
+    if len(before) != len(after) or len(grown) != 1 or before == after:
+        return "it does not see one image of the batch each"
+    if grown == [1] and axis == -1 and len(before) == 3:
+        return Layout(1, axis)
+    if grown != [0]:
+        return "it does not have the batch in its first axis"
+    rows, both = one.rows, two.rows
+    if rows is None or both is None:
+        return "its input has one dimension only"
+    if _alike(both[: len(rows)], rows):
+        return Layout(0, axis)
+    if _alike(both[::2], rows):
+        return Layout(0, axis, "minor")
+    return "the order of images in its batch axis cannot be told"
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    scale = float(right.abs().max().clamp_min(1e-6))
+    return bool(torch.allclose(left, right, rtol=1e-2, atol=1e-2 * scale))
+
+
+def _shape(trace: Trace | None, name: str) -> tuple[int, ...] | None:
+    calls = trace.calls.get(name, []) if trace is not None else []
+    return calls[0].output_shape if len(calls) == 1 else None

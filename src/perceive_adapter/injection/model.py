@@ -1,0 +1,453 @@
+"""The wrapped model: the user's backbone, adapters at its sites, perception in front."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter.errors import BackboneError, ConfigError, ImageError, PerceptionError
+from perceive_adapter.injection.checkpoint import push_adapter, save_adapter
+from perceive_adapter.injection.folding import folded_weights
+from perceive_adapter.injection.freezing import FrozenBackbone
+from perceive_adapter.injection.injector import PromptInjector
+from perceive_adapter.injection.perception import Perception, ValueRange
+from perceive_adapter.injection.plan import SitePlan
+from perceive_adapter.injection.probe import check_image
+from perceive_adapter.injection.restore import Image, find_multiple, restore_image
+from perceive_adapter.injection.semantic import SemanticGuidance
+from perceive_adapter.perceiver.quality import QualityPerceiver
+
+__all__ = ["AdapterStatus", "PerceiveModel"]
+
+FOLD_FROM = 128 * 128
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """State of a wrapped model.
+
+    Args:
+        adapters: names of all adapters.
+        active: name of the one that is in use.
+        enabled: False inside :meth:`PerceiveModel.disabled`.
+        levels: names of the active adapter's level sites.
+        layers: names of its layer sites.
+        blocked: sites that a frozen zero scale of the backbone hides from the output, so that
+            their prompts do not train.
+        trainable: number of parameters that train.
+        total: parameters of the backbone and of the active adapter.
+        unfrozen: names of the backbone's parameters that train.
+    """
+
+    adapters: tuple[str, ...]
+    active: str
+    enabled: bool
+    levels: tuple[str, ...]
+    layers: tuple[str, ...]
+    blocked: tuple[str, ...]
+    trainable: int
+    total: int
+    unfrozen: tuple[str, ...]
+
+
+class PerceiveModel(nn.Module):
+    """A restoration network that perceives what is wrong with an image; made by :func:`~.wrap`.
+
+    It is called as the backbone is, and gives what the backbone gives. The backbone is frozen:
+    ``train()`` leaves its normalisation statistics alone, and what trains are the prompt modules
+    and the compact features, see :meth:`trainable_parameters`.
+
+    Without gradients, and with one perception for the whole batch, the gated low-rank branches are
+    folded into the weights for the length of the forward pass; the parameters themselves are never
+    written to. Calls from several threads take turns.
+
+    Args:
+        backbone: checked and planned by :func:`~.wrap`; frozen and hooked here.
+        injector: prompt modules for it.
+        perceiver: frozen, or None.
+        perceiver_name: folder or repository that it was loaded by, or None.
+        semantic: frozen vision model, or None.
+        image_arg: position or keyword of the image, and the name that position has.
+        value_range: of the images that the backbone takes and gives.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        injector: PromptInjector,
+        *,
+        perceiver: QualityPerceiver | None = None,
+        perceiver_name: str | None = None,
+        semantic: SemanticGuidance | None = None,
+        image_arg: tuple[int | None, str | None] = (0, None),
+        value_range: ValueRange | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapters = nn.ModuleDict()
+        self.perceiver = perceiver
+        self.perceiver_name = perceiver_name
+        self.semantic = semantic
+        self.image_arg = image_arg
+        self.value_range = value_range or ValueRange()
+        self._multiple: int | None = None
+        self._active = ""
+        self._folded: Perception | None = None
+        self._attach("default", injector)
+        self.frozen = FrozenBackbone(backbone)
+        for tower in (perceiver, semantic):
+            if tower is not None:
+                tower.requires_grad_(False).eval()
+        self.train(backbone.training)
+
+    # Running
+
+    def forward(self, *args: Any, perception: Perception | None = None, **kwargs: Any) -> Any:
+        """Restore, with the backbone's own arguments and result.
+
+        Args:
+            *args: as the backbone's.
+            perception: what is known of the images, made elsewhere; None perceives the image.
+            **kwargs: as the backbone's.
+
+        Raises:
+            ImageError: the image is no floating-point (B, C, H, W) tensor on the model's device.
+            PerceptionError: the perception does not fit the batch or the adapter.
+            BackboneError: the model was unwrapped.
+        """
+        injector = self.injector
+        if not injector.attached:
+            raise BackboneError("this model was unwrapped; wrap the backbone again")
+        if not injector.enabled:
+            return self.backbone(*args, **kwargs)
+        image = self._image(args, kwargs)
+        if torch.compiler.is_compiling():
+            return self._run_traced(image, perception, args, kwargs)
+        with injector.lock:
+            if self._folded is not None:
+                if perception is not None and perception is not self._folded:
+                    raise PerceptionError(
+                        "another perception was given inside fold(); leave the context first"
+                    )
+                return self.backbone(*args, **kwargs)
+            perception = self._perception(perception, image)
+            if self._folds(perception, image):
+                with self.fold(perception):
+                    return self.backbone(*args, **kwargs)
+            with injector.conditioned(perception):
+                return self.backbone(*args, **kwargs)
+
+    def _run_traced(
+        self,
+        image: Tensor,
+        perception: Perception | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run under torch.compile or torch.export, where there are no locks and no folding."""
+        injector = self.injector
+        injector.arm(injector.encoder(self._perception(perception, image)))
+        output = self.backbone(*args, **kwargs)
+        injector.disarm()
+        return output
+
+    def perceive(self, image: Tensor) -> Perception:
+        """Perceive images, in the backbone's value range, once and as a whole.
+
+        Args:
+            image: (B, C, H, W). Large images are perceived in evenly spread native views.
+
+        Returns:
+            What this model's sources are: compact features (with gradient, as they are trained),
+            the perceiver's outputs and semantic vectors (without).
+        """
+        unit = self.value_range.to_unit(image)
+        fields: dict[str, Tensor] = {}
+        if self.injector.encoder.compact is not None:
+            fields.update(self.injector.perceive(unit).known())
+        if self.perceiver is not None or self.semantic is not None:
+            rgb = _as_rgb(unit)
+            with torch.no_grad():
+                if self.perceiver is not None:
+                    seen = self.perceiver(rgb)
+                    for name in ("tiers", "degradations", "severity", "embedding"):
+                        fields[name] = getattr(seen, name)
+                if self.semantic is not None:
+                    fields["semantic"] = self.semantic(rgb)
+        return Perception(**fields)
+
+    def restore(
+        self, image: Image, *, tile: int | None = None, overlap: int = 32, batch_size: int = 1
+    ) -> Any:
+        """Restore one image, or a batch, of any common kind and size; without gradients.
+
+        Args:
+            image: a path, a PIL image, an array (H, W), (H, W, C) or a tensor (H, W),
+                (C, H, W), (B, C, H, W); C = 1 gray, 3 RGB, 2 or 4 with alpha; uint8 in
+                [0, 255] or floating-point in [0, 1]. Alpha is passed through.
+            tile: side of the tiles in pixels, for images that do not fit into memory; None runs
+                the whole image at once. All tiles share the perception of the whole image.
+            overlap: how many pixels neighbouring tiles share; of it the outer three eighths
+                are discarded and the middle quarter is blended.
+            batch_size: tiles per forward pass.
+
+        Returns:
+            The restored image, of the same kind and dtype (a path gives a PIL image), and of the
+            same size times the backbone's scale.
+
+        Raises:
+            ImageError: the image is of another kind, is empty, or has NaN or infinite values.
+            ConfigError: a tile that is not larger than twice the overlap.
+        """
+        return restore_image(self, image, tile=tile, overlap=overlap, batch_size=batch_size)
+
+    @contextmanager
+    def fold(self, perception: Perception) -> Iterator[None]:
+        """Run everything inside the context with one perception, folded into the weights.
+
+        For many forward passes of one image, such as its tiles. Other threads wait.
+
+        Raises:
+            PerceptionError: the perception is of more than one image, or a fold is under way.
+        """
+        if perception.batch != 1:
+            raise PerceptionError(
+                f"fold() takes the perception of one image, and this is of {perception.batch}"
+            )
+        injector = self.injector
+        with injector.lock:
+            if self._folded is not None:
+                raise PerceptionError("fold() is under way already; leave that context first")
+            with torch.no_grad():
+                condition = injector.encoder(perception)
+            try:
+                with folded_weights(injector, condition), torch.no_grad():
+                    self._folded = perception
+                    injector.arm(condition)
+                    yield
+            finally:
+                self._folded = None
+                injector.disarm()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the bare backbone inside the context."""
+        injector = self.injector
+        before, injector.enabled = injector.enabled, False
+        try:
+            yield
+        finally:
+            injector.enabled = before
+
+    # State
+
+    @property
+    def injector(self) -> PromptInjector:
+        """The active adapter's prompt modules and hooks."""
+        return cast(PromptInjector, self.adapters[self._active])
+
+    @property
+    def sites(self) -> SitePlan:
+        """The active adapter's sites; prints as a table."""
+        return self.injector.plan
+
+    @property
+    def size_multiple(self) -> int:
+        """What the backbone needs height and width to be a multiple of; found at first use."""
+        if self._multiple is None:
+            self._multiple = find_multiple(self)
+        return self._multiple
+
+    def status(self) -> AdapterStatus:
+        """Tell which adapters and sites there are, which are active, and what trains."""
+        plan = self.sites
+        return AdapterStatus(
+            adapters=tuple(self.adapters),
+            active=self._active,
+            enabled=self.injector.enabled,
+            levels=tuple(site.name for site in plan.of("level")),
+            layers=tuple(site.name for site in plan.of("layer")),
+            blocked=plan.blocked,
+            trainable=sum(p.numel() for p in self.trainable_parameters()),
+            total=plan.backbone_parameters + sum(p.numel() for p in self.injector.parameters()),
+            unfrozen=tuple(n for n, p in self.backbone.named_parameters() if p.requires_grad),
+        )
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over what an optimizer is to be given."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print one line: how many parameters train, of how many, at how many sites."""
+        state = self.status()
+        share = 100 * state.trainable / state.total
+        print(
+            f"trainable: {state.trainable:,} of {state.total / 1e6:.1f} M ({share:.1f} %), "
+            f"{len(state.levels)} level and {len(state.layers)} layer sites"
+        )
+
+    def unfreeze(self, *patterns: str) -> list[str]:
+        """Let parameters of the backbone train too, and be saved with the adapter.
+
+        Args:
+            *patterns: dotted parameter names or globs; ``"**"`` is everything.
+
+        Returns:
+            The names of the parameters that train now. :meth:`unwrap` puts their values back.
+
+        Raises:
+            SiteError: a pattern matches no parameter.
+        """
+        return self.frozen.unfreeze(patterns)
+
+    def train(self, mode: bool = True) -> PerceiveModel:
+        """Set training mode; normalisation statistics and frozen towers stay as they are."""
+        super().train(mode)
+        for tower in (self.perceiver, self.semantic):
+            if tower is not None:
+                tower.eval()
+        self.frozen.hold_statistics()
+        return self
+
+    # Adapters
+
+    def add_adapter(self, name: str, injector: PromptInjector) -> None:
+        """Add another adapter's prompt modules, inactive until :meth:`set_adapter`.
+
+        Raises:
+            ConfigError: the name is taken or cannot be one.
+            SiteError: its sites do not fit the backbone.
+        """
+        if name in self.adapters or not name or "." in name:
+            raise ConfigError(
+                f"adapter name {name!r} is taken, empty or has a dot; the adapters are "
+                f"{', '.join(self.adapters)}"
+            )
+        self._attach(name, injector)
+        injector.requires_grad_(False)
+        injector.enabled = False
+
+    def set_adapter(self, name: str) -> None:
+        """Make an adapter the one that is used and trained.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        self._known(name)
+        trainable = any(p.requires_grad for p in self.injector.parameters())
+        self.injector.requires_grad_(False)
+        self.injector.enabled = False
+        self._active = name
+        self.injector.requires_grad_(trainable)
+        self.injector.enabled = True
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter that is not active.
+
+        Raises:
+            ConfigError: there is none of that name, or it is active.
+        """
+        self._known(name)
+        if name == self._active:
+            raise ConfigError(f"adapter {name!r} is active; set_adapter() another one first")
+        cast(PromptInjector, self.adapters[name]).detach()
+        del self.adapters[name]
+
+    def unwrap(self) -> nn.Module:
+        """Give the backbone back with its weights, hooks and ``requires_grad`` as they were.
+
+        The model cannot be run afterwards; values trained after :meth:`unfreeze` are in
+        ``backbone.state_dict()`` until then.
+        """
+        for injector in self.adapters.values():
+            cast(PromptInjector, injector).detach()
+        return self.frozen.release()
+
+    # On disk
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the active adapter: ``adapter_config.json``, ``adapter_model.safetensors``, a card.
+
+        Backbone parameters that were unfrozen are saved with it, the rest of the backbone is not.
+        """
+        save_adapter(self, folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save the active adapter and upload it to the Hugging Face Hub.
+
+        Args:
+            repo_id: ``user/name``.
+            **options: of :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
+
+        Returns:
+            What the Hub answers: where the upload can be seen.
+        """
+        return push_adapter(self, repo_id, **options)
+
+    # Helpers
+
+    def _attach(self, name: str, injector: PromptInjector) -> None:
+        injector.attach(self.backbone)
+        if self.adapters:
+            injector.lock = self.injector.lock
+        self.adapters[name] = injector
+        self._active = self._active or name
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise ConfigError(
+                f"there is no adapter {name!r}; the adapters are {', '.join(self.adapters)}"
+            )
+
+    def _image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        position, name = self.image_arg
+        if position is not None and position < len(args):
+            image = args[position]
+        elif name in kwargs:
+            image = kwargs[name]
+        else:
+            raise ImageError(
+                f"the call has no image: expected it at position {position} or as {name!r}"
+            )
+        image = check_image(image, self.sites.image_channels, "the image")
+        device = next(self.injector.parameters()).device
+        if image.device != device:
+            raise ImageError(
+                f"the image is on {image.device} and the model on {device}; move one of them"
+            )
+        return image
+
+    def _perception(self, perception: Perception | None, image: Tensor) -> Perception:
+        if perception is None:
+            return self.perceive(image)
+        if perception.batch not in (1, image.shape[0]):
+            raise PerceptionError(
+                f"the perception is of {perception.batch} images and the batch has "
+                f"{image.shape[0]}; give one for each, or one for all"
+            )
+        return perception
+
+    def _folds(self, perception: Perception, image: Tensor) -> bool:
+        """Whether to fold: one perception, no gradient, and an image large enough to pay."""
+        return (
+            perception.batch == 1
+            and not torch.is_grad_enabled()
+            and image[:, 0].numel() >= FOLD_FROM
+        )
+
+
+def _as_rgb(image: Tensor) -> Tensor:
+    if image.shape[1] == 1:
+        return image.expand(-1, 3, -1, -1)
+    if image.shape[1] == 3:
+        return image
+    raise PerceptionError(
+        f"a perceiver sees RGB or gray images, and this backbone takes {image.shape[1]} channels; "
+        "wrap it with perceiver=False"
+    )

@@ -1,0 +1,199 @@
+"""Where prompts go: the sites of one backbone, as data that prints and saves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import Tensor, nn
+
+from perceive_adapter.errors import PerceptionError
+
+__all__ = ["Geometry", "Layout", "Site", "SitePlan"]
+
+Role = Literal["level", "layer"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which axes of a feature map hold the batch and the channels.
+
+    ``NCHW`` is (0, 1), ``NHWC`` and tokens (B, N, C) are (0, -1). Where windows or positions are
+    folded into the batch axis, ``order`` says whether the rows of one image lie together
+    ("major") or whether the images alternate ("minor").
+
+    Args:
+        batch_axis: 0 or 1.
+        channel_axis: 1 or -1.
+        order: "major" or "minor".
+    """
+
+    batch_axis: int = 0
+    channel_axis: int = 1
+    order: Literal["major", "minor"] = "major"
+
+    def spread(self, value: Tensor, features: Tensor) -> Tensor:
+        """View per-image values (B, C) so that they broadcast over ``features``.
+
+        Args:
+            value: (B, C), B = 1 for values that all images share.
+            features: feature map whose batch axis holds B images, or a multiple (windows).
+
+        Raises:
+            PerceptionError: the batch axis is no multiple of B.
+        """
+        rows, images = features.shape[self.batch_axis], value.shape[0]
+        if images not in (1, rows):
+            if rows % images:
+                raise PerceptionError(
+                    f"the perception is of {images} images, and a site sees {rows} rows, which is "
+                    f"no multiple of it; give one perception for each image of the batch"
+                )
+            times = rows // images
+            value = (
+                value.repeat_interleave(times, dim=0)
+                if self.order == "major"
+                else value.repeat(times, 1)
+            )
+        shape = [1] * features.ndim
+        shape[self.batch_axis], shape[self.channel_axis] = value.shape
+        return value.view(shape)
+
+    def __str__(self) -> str:
+        axes = {(0, 1): "NCHW", (0, -1): "N..C", (1, -1): "LNC"}
+        name = axes.get((self.batch_axis, self.channel_axis), "?")
+        return name if self.order == "major" else f"{name} (alternating)"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution walks over its input, in torch's terms."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    padding_mode: str
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Geometry:
+        """Read the geometry of a convolution."""
+        pair = cast("tuple[int, int]", tuple(conv.stride))
+        dilation = cast("tuple[int, int]", tuple(conv.dilation))
+        padding = conv.padding
+        if not isinstance(padding, str):
+            padding = cast("tuple[int, int]", tuple(padding))
+        return cls(pair, padding, dilation, conv.padding_mode)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of the backbone at which a prompt module works.
+
+    Args:
+        name: dotted name of the module.
+        role: "level": its output is changed; "layer": a branch from its input to its output.
+        channels: channels of the output.
+        stride: input pixels per position of the output, None where it is no feature map.
+        layout: axes of the output (and of the input of a layer).
+        weight_shape: shape of a layer's weight; empty for a level.
+        geometry: how a convolution walks over its input; None for a linear layer and for a level.
+        rank: rank of a layer's branch; 0 for a level.
+        parameters: what its prompt module adds.
+        reason: why discovery chose it.
+    """
+
+    name: str
+    role: Role
+    channels: int
+    stride: float | None
+    layout: Layout
+    weight_shape: tuple[int, ...] = ()
+    geometry: Geometry | None = None
+    rank: int = 0
+    parameters: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The sites of one backbone and what the dry run learned about it. ``print(plan)`` is a table.
+
+    Args:
+        sites: levels first, each role in the order of execution.
+        image_channels: channels of the image that the backbone takes.
+        scale: output size / input size; 2 for a network that doubles the resolution.
+        probe_size: height and width of the dry run's image, known to work.
+        backbone_parameters: parameters of the backbone.
+        encoder_parameters: parameters of the condition encoder that all sites share.
+        blocked: sites of which no gradient came back in the dry run: a frozen zero scale of the
+            backbone (an untrained NAFNet's beta and gamma) hides them from the output.
+    """
+
+    sites: tuple[Site, ...]
+    image_channels: int
+    scale: float
+    probe_size: tuple[int, int]
+    backbone_parameters: int
+    encoder_parameters: int = 0
+    blocked: tuple[str, ...] = ()
+
+    def of(self, role: Role) -> tuple[Site, ...]:
+        """Return the sites of one role."""
+        return tuple(site for site in self.sites if site.role == role)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of an adapter with this plan."""
+        return self.encoder_parameters + sum(site.parameters for site in self.sites)
+
+    @property
+    def stride(self) -> int:
+        """Coarsest stride of any site, at least 1."""
+        return max([1, *(round(site.stride) for site in self.sites if site.stride)])
+
+    def replace(self, **changes: object) -> SitePlan:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __str__(self) -> str:
+        header = ("site", "role", "channels", "stride", "layout", "rank", "parameters", "why")
+        rows = [header, *(_row(site) for site in self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        right = {2, 3, 5, 6}
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i in right else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        share = 100 * self.parameters / max(self.backbone_parameters, 1)
+        lines.append(
+            f"{len(self.of('level'))} level and {len(self.of('layer'))} layer sites, "
+            f"{self.parameters:,} trainable parameters with the encoder "
+            f"({share:.1f} % of {self.backbone_parameters:,})"
+        )
+        return "\n".join(lines)
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    stride = "-" if site.stride is None else f"{site.stride:g}"
+    rank = str(site.rank) if site.rank else "-"
+    return (
+        site.name,
+        site.role,
+        str(site.channels),
+        stride,
+        str(site.layout),
+        rank,
+        f"{site.parameters:,}",
+        site.reason,
+    )

@@ -1,0 +1,185 @@
+"""Prompt modules: (features, condition) to features, the identity at step 0.
+
+A prompt module is built for one site and called by that site's hook::
+
+    module(features, condition, source) -> features
+
+``features`` is the output of the hooked module, in any layout; ``condition`` (B, C) is what the
+condition encoder made of the perception, B = 1 where all images share one; ``source`` is the
+input of the hooked module. The result has the shape and the dtype of ``features``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from perceive_adapter.config import AdapterConfig
+from perceive_adapter.injection.plan import Site
+
+__all__ = [
+    "ChannelCrossAttention",
+    "Foldable",
+    "GatedLowRank",
+    "Modulation",
+    "build_prompt",
+    "is_dense",
+]
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@runtime_checkable
+class Foldable(Protocol):
+    """A prompt module that, for one condition, is a change of the hooked layer's weight."""
+
+    def folded(self, weight: Tensor, condition: Tensor) -> Tensor:
+        """Return the weight that acts as layer and branch together, in ``weight``'s dtype."""
+        ...
+
+
+class Modulation(nn.Module):
+    """Prompt guidance: ``x * (1 + gamma) + beta``, per channel.
+
+    Source: Perceive-IR, IEEE TIP 2025, prompt guidance module; FiLM,
+    https://arxiv.org/abs/1709.07871.
+
+    Args:
+        site: the level site.
+        config: gives the width of the condition.
+    """
+
+    def __init__(self, site: Site, config: AdapterConfig) -> None:
+        super().__init__()
+        self.layout = site.layout
+        self.to_scale_shift = _zeroed(nn.Linear(config.condition_dim, 2 * site.channels))
+
+    def forward(self, features: Tensor, condition: Tensor, source: Tensor) -> Tensor:
+        """Modulate ``features``."""
+        gamma, beta = self.to_scale_shift(condition).chunk(2, dim=1)
+        scale = self.layout.spread(1 + gamma, features)
+        shift = self.layout.spread(beta, features)
+        return torch.addcmul(shift, features, scale).to(features.dtype)
+
+
+class ChannelCrossAttention(nn.Module):
+    """Prompt-guided cross-attention between channels, after prompt guidance.
+
+    Queries come from the guided features, keys and values from the features. Queries and keys are
+    L2-normalised along space, the softmax runs over channels, so the cost is linear in H * W.
+    The attention works in ``attention_dim`` channels to keep within an adapter's budget.
+
+    Source: Perceive-IR, IEEE TIP 2025, prompt-guided cross attention; transposed attention,
+    Restormer, https://arxiv.org/abs/2111.09881.
+
+    Args:
+        site: the level site.
+        config: gives the widths.
+    """
+
+    def __init__(self, site: Site, config: AdapterConfig) -> None:
+        super().__init__()
+        inner, self.heads = config.attention_dim, config.attention_heads
+        self.channel_axis = site.layout.channel_axis
+        self.guide = Modulation(site, config)
+        self.to_query = nn.Linear(site.channels, inner, bias=False)
+        self.to_key_value = nn.Linear(site.channels, 2 * inner, bias=False)
+        self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
+        self.to_out = _zeroed(nn.Linear(inner, site.channels, bias=False))
+
+    def forward(self, features: Tensor, condition: Tensor, source: Tensor) -> Tensor:
+        """Guide ``features``, then attend from the guided to the given ones."""
+        guided = self.guide(features, condition, source)
+        dtype = self.to_query.weight.dtype
+        tokens = features.movedim(self.channel_axis, -1).to(dtype)
+        query = self._split(self.to_query(guided.movedim(self.channel_axis, -1).to(dtype)))
+        key, value = map(self._split, self.to_key_value(tokens).chunk(2, dim=-1))
+        scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-1, -2)
+        mixed = (scores * self.temperature).softmax(dim=-1).to(value.dtype) @ value
+        mixed = rearrange(mixed, "b h c n -> b n (h c)").reshape(*tokens.shape[:-1], -1)
+        attended: Tensor = self.to_out(mixed).movedim(-1, self.channel_axis).to(guided.dtype)
+        return guided + attended
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return rearrange(tokens.flatten(1, -2), "b n (h c) -> b h c n", h=self.heads)
+
+
+class GatedLowRank(nn.Module):
+    """A low-rank branch beside a dense layer, its rank channels scaled by the perception.
+
+    ``out + up(gate(condition) * down(x))``: ``down`` has the layer's kernel, stride and padding,
+    ``up`` is 1 x 1 and starts at zero, the gate is linear and starts near one. With one condition
+    the branch is the weight ``up diag(gate) down``, which :meth:`folded` adds to the layer's.
+
+    Source: LoRA, https://arxiv.org/abs/2106.09685, gated by the perception of Perceive-IR,
+    https://arxiv.org/abs/2408.15994.
+
+    Args:
+        site: the layer site.
+        config: gives the width of the condition.
+    """
+
+    def __init__(self, site: Site, config: AdapterConfig) -> None:
+        super().__init__()
+        self.layout = site.layout
+        outputs, inputs, *kernel = site.weight_shape
+        self.down: nn.Conv2d | nn.Linear
+        self.up: nn.Conv2d | nn.Linear
+        if site.geometry is None:
+            self.down = nn.Linear(inputs, site.rank, bias=False)
+            self.up = nn.Linear(site.rank, outputs, bias=False)
+        else:
+            walk = dataclasses.asdict(site.geometry)
+            self.down = nn.Conv2d(inputs, site.rank, (kernel[0], kernel[1]), bias=False, **walk)
+            self.up = nn.Conv2d(site.rank, outputs, 1, bias=False)
+        _zeroed(self.up)
+        self.gate = nn.Linear(config.condition_dim, site.rank)
+        nn.init.ones_(self.gate.bias)
+
+    def forward(self, features: Tensor, condition: Tensor, source: Tensor) -> Tensor:
+        """Add the branch's output to the layer's."""
+        low: Tensor = self.down(source.to(self.down.weight.dtype))
+        low = low * self.layout.spread(self.gate(condition), low).to(low.dtype)
+        branch: Tensor = self.up(low).to(features.dtype)
+        return features + branch
+
+    def folded(self, weight: Tensor, condition: Tensor) -> Tensor:
+        """Return ``weight + up diag(gate) down`` for a condition (1, C)."""
+        gate = self.gate(condition).squeeze(0)
+        up = self.up.weight.flatten(1) * gate
+        branch = up @ self.down.weight.flatten(1)
+        folded: Tensor = (weight + branch.view(weight.shape)).to(weight.dtype)
+        return folded
+
+
+def build_prompt(site: Site, config: AdapterConfig) -> nn.Module:
+    """Build the prompt module that ``config`` names for the role of ``site``."""
+    kind = getattr(config, site.role)
+    return _KINDS[kind](site, config)
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Tell whether a low-rank branch can run beside ``module``."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.weight.ndim == 4
+    return isinstance(module, nn.Linear)
+
+
+def _zeroed(layer: M) -> M:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+_KINDS: dict[str, Callable[[Site, AdapterConfig], nn.Module]] = {
+    "modulation": Modulation,
+    "cross_attention": ChannelCrossAttention,
+    "low_rank": GatedLowRank,
+}

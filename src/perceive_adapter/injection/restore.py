@@ -1,0 +1,214 @@
+"""Restoring images of any kind and size: pad, tile, share one perception, blend, crop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceive_adapter.data.images import Image, read_image
+from perceive_adapter.errors import BackboneError, ConfigError, ImageError
+from perceive_adapter.injection.probe import image_in
+from perceive_adapter.injection.tiling import Grid, weights
+
+if TYPE_CHECKING:
+    from perceive_adapter.injection.model import PerceiveModel
+
+__all__ = ["Image", "find_multiple", "restore_image"]
+
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 7, 14, 28, 56, 12, 24, 48)
+PROGRESS_AFTER_SECONDS = 2
+
+
+def restore_image(
+    model: PerceiveModel, image: Image, *, tile: int | None, overlap: int, batch_size: int
+) -> Any:
+    """See :meth:`PerceiveModel.restore`."""
+    if overlap < 0 or batch_size < 1 or (tile is not None and tile <= 2 * overlap):
+        raise ConfigError(
+            f"tile={tile}, overlap={overlap}, batch_size={batch_size}; expected a tile larger "
+            "than twice the overlap, overlap >= 0 and batch_size >= 1"
+        )
+    planes = read_image(image)
+    color, channels = planes.color, model.sites.image_channels
+    if channels not in (1, 3):
+        raise ImageError(
+            f"the backbone takes {channels} channels and restore() gray or RGB images; call the "
+            "model itself with a tensor in the backbone's own range"
+        )
+    gray = color.shape[1] == 1
+    inputs = color.expand(-1, 3, -1, -1) if channels == 3 else color.flatten(0, 1)[:, None]
+    with _evaluating(model), torch.no_grad():
+        restored = torch.cat(
+            [_restore_one(model, one[None], tile, overlap, batch_size) for one in inputs]
+        )
+    if channels == 1:
+        restored = restored.view(color.shape[0], -1, *restored.shape[-2:])
+    elif gray:
+        restored = restored.mean(dim=1, keepdim=True)
+    result = _as_type(restored, color.dtype)
+    if planes.alpha is not None:
+        result = torch.cat([result, _resized(planes.alpha, result)], dim=1)
+    return planes.pack(result)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _restore_one(
+    model: PerceiveModel, image: Tensor, tile: int | None, overlap: int, batch_size: int
+) -> Tensor:
+    """Restore (1, C, H, W) of any dtype to float (1, C, sH, sW)."""
+    perception = model.perceive(_network_input(model, image))
+    size = _padded_size(model, image)
+    align = math.lcm(model.size_multiple, model.sites.stride) if tile else 1
+    wanted = -(-tile // align) * align if tile else max(size)
+    grid = Grid(
+        (-(-size[0] // align) * align, -(-size[1] // align) * align),
+        (min(wanted, -(-size[0] // align) * align), min(wanted, -(-size[1] // align) * align)),
+        overlap,
+        align,
+    )
+    with model.fold(perception):
+        restored = _run_tiles(model, image, grid, batch_size)
+    height, width = (round(side * model.sites.scale) for side in image.shape[-2:])
+    return restored[..., :height, :width]
+
+
+def _run_tiles(model: PerceiveModel, image: Tensor, grid: Grid, batch_size: int) -> Tensor:
+    from tqdm.auto import tqdm
+
+    scale = model.sites.scale
+    height, width = (round(side * scale) for side in grid.size)
+    total = torch.zeros(1, image.shape[1], height, width, device=image.device)
+    progress = tqdm(
+        total=len(grid), desc="restore", unit="tile", delay=PROGRESS_AFTER_SECONDS, disable=None
+    )
+    with progress:
+        remaining = iter(grid)
+        while corners := list(islice(remaining, batch_size)):
+            tiles = torch.cat([_cut(image, corner, grid.tile) for corner in corners])
+            outputs = _call(model, _network_input(model, tiles))
+            for (top, left), output in zip(corners, outputs, strict=True):
+                rows = weights(grid, top, 0, scale).to(total.device)
+                columns = weights(grid, left, 1, scale).to(total.device)
+                y, x = round(top * scale), round(left * scale)
+                target = total[0, :, y : y + len(rows), x : x + len(columns)]
+                target += output.to(total) * rows[:, None] * columns
+            progress.update(len(corners))
+    total /= _weight_sum(grid, 0, scale, height).to(total)[:, None]
+    total /= _weight_sum(grid, 1, scale, width).to(total)
+    return total
+
+
+def _weight_sum(grid: Grid, axis: int, scale: float, length: int) -> Tensor:
+    result = torch.zeros(length)
+    for start in grid.starts(axis):
+        part = weights(grid, start, axis, scale)
+        first = round(start * scale)
+        result[first : first + len(part)] += part
+    return result
+
+
+def _call(model: PerceiveModel, image: Tensor) -> Tensor:
+    """Run the model and return the restored images in [0, 1], checked for their size."""
+    position, name = model.image_arg
+    try:
+        output = model(image) if position == 0 else model(**{str(name): image})
+    except TypeError as error:
+        raise BackboneError(
+            f"restore() calls the backbone with the image alone, and it needs more: {error}; call "
+            "the model itself, or wrap a module that fills in the other arguments"
+        ) from error
+    restored = image_in(output, image.shape[0])
+    expected = tuple(round(side * model.sites.scale) for side in image.shape[-2:])
+    if tuple(restored.shape[-2:]) != expected:
+        raise BackboneError(
+            f"the backbone turned {tuple(image.shape)} into {tuple(restored.shape)}; expected "
+            f"height and width {expected}"
+        )
+    return model.value_range.to_unit(restored)
+
+
+def _network_input(model: PerceiveModel, image: Tensor) -> Tensor:
+    """Convert to the backbone's dtype, device and range."""
+    like = next(model.backbone.parameters())
+    unit = image.to(like) / 255 if image.dtype == torch.uint8 else image.to(like)
+    return model.value_range.from_unit(unit)
+
+
+def _cut(image: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Cut a tile; beyond the right and lower border the image is mirrored."""
+    rows, columns = (
+        _mirrored(start, length, side)
+        for start, length, side in zip(corner, size, image.shape[-2:], strict=True)
+    )
+    return image[..., rows.to(image.device)[:, None], columns.to(image.device)]
+
+
+def _mirrored(start: int, length: int, side: int) -> Tensor:
+    index = torch.arange(start, start + length)
+    period = max(2 * (side - 1), 1)
+    index = index % period
+    return torch.minimum(index, period - index).clamp_max(side - 1)
+
+
+def _padded_size(model: PerceiveModel, image: Tensor) -> tuple[int, int]:
+    """Return the smallest size that the backbone takes and the image fits in."""
+    multiple = model.size_multiple
+    height, width = (-(-side // multiple) * multiple for side in image.shape[-2:])
+    least = model.sites.probe_size
+    if (height < least[0] or width < least[1]) and not _runs(model, (height, width)):
+        height, width = (
+            -(-max(side, small) // multiple) * multiple
+            for side, small in zip((height, width), least, strict=True)
+        )
+    return height, width
+
+
+def find_multiple(model: PerceiveModel) -> int:
+    """Find what the backbone needs height and width to be a multiple of, by trying."""
+    least = max(model.sites.probe_size)
+    for multiple in MULTIPLES:
+        odd = 2 * math.ceil(least / (2 * multiple)) + 1
+        if _runs(model, (odd * multiple, (odd + 2) * multiple)):
+            return multiple
+    return least
+
+
+def _runs(model: PerceiveModel, size: tuple[int, int]) -> bool:
+    image = torch.full((1, model.sites.image_channels, *size), 128, dtype=torch.uint8)
+    try:
+        with _evaluating(model), torch.no_grad(), model.disabled():
+            _call(model, _network_input(model, image))
+    except Exception:  # whatever a network raises for a size that it was not made for
+        return False
+    return True
+
+
+def _as_type(image: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.uint8:
+        return image.mul(255).round_().clamp_(0, 255).to(dtype)
+    return image.to(dtype)
+
+
+def _resized(alpha: Tensor, like: Tensor) -> Tensor:
+    if alpha.shape[-2:] == like.shape[-2:]:
+        return alpha
+    unit = alpha.float() / 255 if alpha.dtype == torch.uint8 else alpha
+    resized = F.interpolate(unit.float(), like.shape[-2:], mode="bicubic", antialias=True)
+    return _as_type(resized.clamp(0, 1), alpha.dtype)

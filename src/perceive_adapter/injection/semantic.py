@@ -1,0 +1,85 @@
+"""Semantic guidance: what is in the image, from a frozen vision model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceive_adapter.errors import ConfigError
+
+__all__ = ["SemanticGuidance"]
+
+DEPTHS = (1 / 12, 4 / 12, 8 / 12, 1.0)
+
+
+class SemanticGuidance(nn.Module):
+    """Class tokens of a frozen vision transformer at four depths, one for each part of a network.
+
+    Source: Perceive-IR, IEEE TIP 2025, semantic guidance module (DINOv2-B, blocks 1, 4, 8 and 12),
+    https://arxiv.org/abs/2408.15994.
+
+    Args:
+        model: timm name, such as ``"vit_small_patch14_dinov2.lvd142m"``. A model without class
+            tokens gives the mean of its last feature map, one depth.
+        weights: weight file; None downloads timm's pretrained weights.
+
+    Shape:
+        RGB (B, 3, H, W) in [0, 1] to unit vectors (B, L, S). The image is resized to the model's
+        input size.
+
+    Raises:
+        ConfigError: timm does not know the model, or its weights cannot be had.
+    """
+
+    def __init__(self, model: str, weights: str | None = None) -> None:
+        super().__init__()
+        self.tower = _load(model, weights)
+        self.tower.requires_grad_(False).eval()
+        config: dict[str, Any] = self.tower.pretrained_cfg
+        self.size = int(config["input_size"][-1])
+        blocks = len(getattr(self.tower, "blocks", ()))
+        self.depths = [max(1, round(blocks * depth)) - 1 for depth in DEPTHS]
+        self.prefixed = bool(getattr(self.tower, "num_prefix_tokens", 0)) and blocks >= len(DEPTHS)
+        for name in ("mean", "std"):
+            values = torch.tensor(config[name]).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+        self.levels = len(DEPTHS) if self.prefixed else 1
+        self.dim = int(self.tower.num_features)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return (B, L, S)."""
+        image = F.interpolate(
+            image.to(self.mean), (self.size, self.size), mode="bicubic", antialias=True
+        )
+        image = (image.clamp(0, 1) - self.mean) / self.std
+        if not self.prefixed:
+            features = self.tower.forward_features(image)
+            axes = (2, 3) if features.ndim == 4 else (1,)
+            return F.normalize(features.mean(dim=axes)[:, None], dim=-1)
+        outputs = self.tower.forward_intermediates(
+            image, indices=self.depths, return_prefix_tokens=True, intermediates_only=True
+        )
+        return F.normalize(torch.stack([prefix[:, 0] for _, prefix in outputs], dim=1), dim=-1)
+
+
+def _load(model: str, weights: str | None) -> Any:
+    import timm
+
+    if not timm.is_model(model):
+        near = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:5])
+        raise ConfigError(f"semantic={model!r} is no model of timm; it has {near or 'others'}")
+    try:
+        return timm.create_model(
+            model, pretrained=weights is None, num_classes=0, checkpoint_path=weights or ""
+        )
+    except Exception as error:  # a hub, a file system and torch may all refuse
+        raise ConfigError(
+            f"the weights of semantic={model!r} cannot be loaded from "
+            f"{weights or 'the Hugging Face Hub'}: {error}; give a safetensors file as "
+            "AdapterConfig(semantic_weights=...)"
+        ) from error

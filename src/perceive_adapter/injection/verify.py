@@ -1,0 +1,137 @@
+"""Trying a plan on the backbone: the same output at step 0, and a backward pass that works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter.config import AdapterConfig
+from perceive_adapter.errors import BackboneError, SiteError
+from perceive_adapter.injection.injector import PromptInjector
+from perceive_adapter.injection.plan import Site, SitePlan
+from perceive_adapter.injection.probe import Example, image_in
+
+__all__ = ["verified"]
+
+
+def verified(
+    backbone: nn.Module,
+    plan: SitePlan,
+    config: AdapterConfig,
+    example: Example,
+    output: Any,
+    *,
+    named: bool,
+) -> SitePlan:
+    """Attach prompts, compare the output, run a backward pass, and take them off again.
+
+    Sites that break the backward pass (their features are changed in place) or that the output
+    does not depend on are dropped; those behind a frozen zero scale are noted in ``blocked``.
+
+    Args:
+        backbone: inside :func:`~.probe.quiet`.
+        plan: with ranks.
+        config: kinds of prompt modules.
+        example: the dry run's arguments.
+        output: what the bare backbone gave for them.
+        named: whether the user named the sites, so that a broken one is an error.
+
+    Raises:
+        SiteError: no site works, or one that the user named does not.
+        BackboneError: hooks alone change the output.
+    """
+    _check_identity(backbone, plan, config, example, image_in(output, 1))
+    gradients, failure = _working(backbone, plan, config, example, plan.sites)
+    usable = [site for site in plan if gradients.get(site) is not None]
+    if lost := [site.name for site in plan if site not in usable]:
+        why = failure or "the output does not depend on them"
+        if named or not usable:
+            raise SiteError(
+                f"a backward pass with prompts at {', '.join(lost[:5])} fails: {why}; "
+                "leave these sites out"
+            ) from failure
+    blocked = tuple(site.name for site in usable if not gradients[site])
+    return plan.replace(sites=tuple(usable), blocked=blocked)
+
+
+def _check_identity(
+    backbone: nn.Module, plan: SitePlan, config: AdapterConfig, example: Example, bare: Tensor
+) -> None:
+    injector = PromptInjector(plan, config).to(bare.device)
+    with torch.no_grad(), _attached(injector, backbone):
+        wrapped = _restored(backbone, example)
+    if torch.equal(bare, wrapped):
+        return
+    with torch.no_grad():
+        again = _restored(backbone, example)
+    if torch.equal(bare, again):  # else the backbone itself is random, and nothing can be said
+        error = (bare - wrapped).abs().max().item()
+        raise BackboneError(
+            f"hooks that change nothing change the output of this {type(backbone).__name__} by "
+            f"{error:.1e}; it runs another code path when it is hooked. Name other sites=..."
+        )
+
+
+def _working(
+    backbone: nn.Module,
+    plan: SitePlan,
+    config: AdapterConfig,
+    example: Example,
+    sites: Sequence[Site],
+) -> tuple[dict[Site, bool | None], Exception | None]:
+    """Return which sites get a gradient, halving the set for as long as the backward fails."""
+    part = plan.replace(sites=tuple(sites))
+    try:
+        return _gradients(backbone, part, config, example), None
+    except RuntimeError as error:
+        if len(sites) == 1:
+            return {}, error
+        middle = len(sites) // 2
+        found: dict[Site, bool | None] = {}
+        for half in (sites[:middle], sites[middle:]):
+            found |= _working(backbone, plan, config, example, half)[0]
+        return found, error
+
+
+def _gradients(
+    backbone: nn.Module, plan: SitePlan, config: AdapterConfig, example: Example
+) -> dict[Site, bool | None]:
+    """Run one backward pass; per site True, False for a gradient of zero, None for no graph."""
+    injector = PromptInjector(plan, config).to(example.image.device)
+    for parameter in injector.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    with torch.enable_grad(), _attached(injector, backbone):
+        loss = _restored(backbone, example).float().square().mean()
+        if not loss.requires_grad:
+            return dict.fromkeys(plan.sites)
+        parameters = [list(prompt.prompt.parameters()) for prompt in injector.prompt_sites]
+        flat = [parameter for group in parameters for parameter in group]
+        gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+    result: dict[Site, bool | None] = {}
+    for prompt, group in zip(injector.prompt_sites, parameters, strict=True):
+        own = [next(gradients) for _ in group]
+        known = [gradient for gradient in own if gradient is not None]
+        result[prompt.site] = any(bool(g.any()) for g in known) if known else None
+    return result
+
+
+@contextmanager
+def _attached(injector: PromptInjector, backbone: nn.Module) -> Iterator[None]:
+    """Attach with some condition for the length of the context."""
+    injector.attach(backbone)
+    try:
+        weight = next(injector.parameters())
+        width, depths = injector.config.condition_dim, 1
+        injector.arm(torch.linspace(-1, 1, width).to(weight).expand(1, depths, width))
+        yield
+    finally:
+        injector.disarm()
+        injector.detach()
+
+
+def _restored(backbone: nn.Module, example: Example) -> Tensor:
+    return image_in(example.call(backbone), example.image.shape[0])

@@ -1,0 +1,214 @@
+"""``wrap``: from a trained restoration network to one that perceives."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, Union
+
+from torch import nn
+
+from perceive_adapter.config import AdapterConfig
+from perceive_adapter.errors import AdapterMismatchError, ConfigError
+from perceive_adapter.injection.checkpoint import agree, load_unfrozen, read_adapter
+from perceive_adapter.injection.discovery import plan_sites
+from perceive_adapter.injection.injector import PromptInjector, check_backbone
+from perceive_adapter.injection.model import PerceiveModel
+from perceive_adapter.injection.perception import ValueRange
+from perceive_adapter.injection.semantic import SemanticGuidance
+from perceive_adapter.perceiver.quality import QualityPerceiver
+
+__all__ = ["wrap"]
+
+PerceiverLike: TypeAlias = Union[QualityPerceiver, str, "os.PathLike[str]", Literal[False], None]
+
+
+def wrap(
+    backbone: nn.Module,
+    pretrained: str | os.PathLike[str] | None = None,
+    *,
+    sites: str | Sequence[str] | None = None,
+    config: AdapterConfig | None = None,
+    perceiver: PerceiverLike = None,
+    example: Any = None,
+    image_arg: int | str = 0,
+    value_range: object = (0, 1),
+    is_trainable: bool | None = None,
+) -> PerceiveModel:
+    """Plug perception into a trained restoration network.
+
+    The backbone is frozen and hooked, not changed: until it is trained, the result gives what the
+    backbone gives, bit for bit. Everything is validated before the backbone is touched.
+
+    Args:
+        backbone: any module from degraded to restored image.
+        pretrained: folder or Hub repository of a saved adapter; None makes a new one.
+        sites: dotted module names or globs, see :func:`~perceive_adapter.plan_sites`; None
+            discovers them within the parameter budget.
+        config: kinds of prompt modules, rank, sources, budget. Only for a new adapter.
+        perceiver: what steers the prompts besides the compact features, frozen: a
+            :class:`~perceive_adapter.QualityPerceiver`, a folder or a Hub repository. None and
+            False are none, None for a saved adapter the one that it was trained with.
+        example: input for the dry run, where (1, C, 64, 64) does not fit: an image, or a tuple or
+            mapping of all arguments.
+        image_arg: position or keyword of the image among the backbone's arguments.
+        value_range: of the backbone's images: ``(low, high)``, or ``(mean, std)`` as two
+            sequences.
+        is_trainable: whether the adapter trains; None: a new one does, a saved one does not.
+
+    Returns:
+        The wrapped model, on the backbone's device and in its mode.
+
+    Raises:
+        BackboneError: the backbone cannot be run, is compiled, or is wrapped already.
+        SiteError: no site matches.
+        ConfigError: arguments that contradict each other.
+        CheckpointError: the saved adapter is missing, damaged, or of another backbone.
+
+    Example:
+        >>> body = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1)]
+        >>> model = wrap(nn.Sequential(*body))
+        >>> model.print_trainable_parameters()
+        trainable: ... level and 2 layer sites
+    """
+    check_backbone(backbone)
+    values = ValueRange.of(value_range)
+    argument = _image_argument(backbone, image_arg)
+    if pretrained is not None:
+        if sites is not None or config is not None:
+            raise ConfigError(
+                "a saved adapter brings its own sites and config; leave out sites= and config=, "
+                "or leave out the adapter"
+            )
+        return _load(backbone, pretrained, perceiver, argument, values, bool(is_trainable))
+    found = _load_perceiver(perceiver)
+    config = config or AdapterConfig()
+    semantic = _build_semantic(config)
+    config = _with_sources(config, found, semantic)
+    plan = plan_sites(backbone, sites=sites, config=config, example=example, image_arg=image_arg)
+    return _assemble(
+        backbone,
+        PromptInjector(plan, config),
+        is_trainable is not False,
+        perceiver=found,
+        perceiver_name=_name_of(perceiver),
+        semantic=semantic,
+        image_arg=argument,
+        value_range=values,
+    )
+
+
+def _load(
+    backbone: nn.Module,
+    pretrained: str | os.PathLike[str],
+    perceiver: PerceiverLike,
+    image_arg: tuple[int | None, str | None],
+    value_range: ValueRange,
+    is_trainable: bool,
+) -> PerceiveModel:
+    file = read_adapter(pretrained, backbone)
+    record = file.record
+    found = name = None
+    if record.perceiver is not None:
+        given = record.perceiver.name if perceiver is None else perceiver
+        found, name = _load_perceiver(given or None), _name_of(given or None)
+        if found is None or found.fingerprint() != record.perceiver.fingerprint:
+            raise AdapterMismatchError(
+                f"{pretrained} is steered by the perceiver {record.perceiver.name or ''} with "
+                f"fingerprint {record.perceiver.fingerprint[:16]}, and "
+                f"{'none' if found is None else 'another one'} was given; give that one as "
+                "perceiver=..."
+            )
+    model = _assemble(
+        backbone,
+        file.injector,
+        is_trainable,
+        perceiver=found,
+        perceiver_name=name,
+        semantic=_build_semantic(record.config),
+        image_arg=agree(
+            "image_arg",
+            image_arg,
+            _image_argument(backbone, 0),
+            (record.image_position, record.image_name),
+        ),
+        value_range=agree("value_range", value_range, ValueRange(), record.value_range),
+    )
+    load_unfrozen(model, file, is_trainable=is_trainable)
+    return model
+
+
+def _assemble(
+    backbone: nn.Module, injector: PromptInjector, is_trainable: bool, **options: Any
+) -> PerceiveModel:
+    """Build the model; nothing of the backbone has been touched before this."""
+    like = next(backbone.parameters(), None)
+    if like is not None:
+        for module in (injector, options["perceiver"], options["semantic"]):
+            if module is not None:
+                module.to(like.device)
+    injector.requires_grad_(is_trainable)
+    return PerceiveModel(backbone, injector, **options)
+
+
+def _load_perceiver(perceiver: PerceiverLike) -> QualityPerceiver | None:
+    """Return the perceiver that ``wrap`` was given, loaded where it is a name."""
+    if perceiver is None or perceiver is False:
+        return None
+    if isinstance(perceiver, QualityPerceiver):
+        return perceiver
+    if isinstance(perceiver, (str, os.PathLike)):
+        return QualityPerceiver.from_pretrained(perceiver)
+    raise ConfigError(
+        f"perceiver is a {type(perceiver).__name__}; expected a QualityPerceiver, a folder, a Hub "
+        "repository, None or False"
+    )
+
+
+def _name_of(perceiver: PerceiverLike) -> str | None:
+    return os.fspath(perceiver) if isinstance(perceiver, (str, os.PathLike)) else None
+
+
+def _build_semantic(config: AdapterConfig) -> SemanticGuidance | None:
+    if config.semantic is None:
+        return None
+    return SemanticGuidance(config.semantic, config.semantic_weights)
+
+
+def _with_sources(
+    config: AdapterConfig, perceiver: QualityPerceiver | None, semantic: SemanticGuidance | None
+) -> AdapterConfig:
+    """Name every source that this model can perceive, where the config names none."""
+    if config.sources is not None:
+        return config
+    sources = {"compact": config.compact_dim} if config.compact_dim else {}
+    if perceiver is not None:
+        sources["tiers"] = len(perceiver.tiers)
+        if kinds := len(perceiver.degradations):
+            sources |= {"degradations": kinds, "severity": kinds}
+        sources["embedding"] = perceiver.embedding_dim
+    if semantic is not None:
+        sources["semantic"] = semantic.dim
+    if not sources:
+        raise ConfigError(
+            "nothing steers the prompts: compact_dim=0, no perceiver and no semantic model; name "
+            "the sources of the perceptions that you will give, AdapterConfig(sources=...)"
+        )
+    return dataclasses.replace(config, sources=sources)
+
+
+def _image_argument(backbone: nn.Module, image_arg: int | str) -> tuple[int | None, str | None]:
+    """Return position and name of the image argument, as far as the signature tells them."""
+    counted = isinstance(image_arg, int) and not isinstance(image_arg, bool) and image_arg >= 0
+    if not counted and not isinstance(image_arg, str):
+        raise ConfigError(f"image_arg={image_arg!r}; expected a position from 0, or a keyword")
+    names = [
+        parameter.name
+        for parameter in inspect.signature(backbone.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if isinstance(image_arg, str):
+        return (names.index(image_arg) if image_arg in names else None), image_arg
+    return image_arg, names[image_arg] if image_arg < len(names) else None

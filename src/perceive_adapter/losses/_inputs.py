@@ -1,0 +1,51 @@
+"""Checks of what a loss is given, before anything is computed."""
+
+import math
+
+from torch import Tensor
+
+from perceive_adapter.errors import ConfigError, LossInputError
+
+
+def check_image(name: str, image: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return `image` as (B, 3, H, W): a gray one is expanded without a copy.
+
+    Args:
+        name: what the message calls the image.
+        image: (B, 1, H, W) or (B, 3, H, W), floating point, in [0, 1].
+        like: an image whose shape and device `image` must share.
+
+    Raises:
+        LossInputError: not a tensor, wrong shape, integer dtype, empty, or unlike `like`.
+    """
+    if not isinstance(image, Tensor):
+        raise LossInputError(f"{name} must be a tensor (B, 3, H, W), got {type(image).__name__}")
+    shape = tuple(image.shape)
+    if image.ndim != 4 or shape[1] not in (1, 3):
+        raise LossInputError(f"{name} must have shape (B, 3, H, W) or (B, 1, H, W), got {shape}")
+    if image.numel() == 0:
+        raise LossInputError(f"{name} is empty: shape {shape}")
+    if not image.is_floating_point():
+        raise LossInputError(
+            f"{name} must be floating point in [0, 1], got {image.dtype}; divide uint8 by 255"
+        )
+    if like is not None and shape != tuple(like.shape):
+        raise LossInputError(
+            f"{name} has shape {shape}, restored has {tuple(like.shape)}: they must be the same"
+        )
+    if like is not None and image.device != like.device:
+        raise LossInputError(f"{name} is on {image.device}, restored is on {like.device}")
+    return image.expand(-1, 3, -1, -1)
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> float:
+    """Return `value` as a float if it is finite and not negative (or above zero).
+
+    Raises:
+        ConfigError: it is not.
+    """
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        bound = "above 0" if positive else "at least 0"
+        raise ConfigError(f"{name} must be finite and {bound}, got {value}")
+    return number

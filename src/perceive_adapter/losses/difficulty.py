@@ -1,0 +1,240 @@
+"""Difficulty-adaptive perceptual loss."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter.errors import ConfigError, LossInputError
+from perceive_adapter.losses._frozen import full_precision
+from perceive_adapter.losses._inputs import check_image, check_number
+from perceive_adapter.losses.features import resolve_features
+
+_MIN_MSE = 1e-10  # a PSNR of 100 dB stands for identical images
+
+
+class DifficultyAdaptiveLoss(nn.Module):
+    r"""Pull the restored image to the target, push it off the degraded and half-restored ones.
+
+    Per sample, with feature levels l of weights :math:`w_l`, the mean absolute difference d of
+    features, the degraded image LQ and the medium images :math:`M_j`, valid where
+    :math:`m_j = 1`:
+
+    .. math::
+        \sum_l w_l \frac{d_l(R, GT)}{2 d_l(R, LQ) + \sum_j m_j \omega_j d_l(R, M_j)}
+
+    and the mean over the batch. A medium image is *hard*, with :math:`\omega_j` =
+    `hard_weight`, if its PSNR is at most the reference PSNR, that is, if the network has
+    overtaken it, and *easy* otherwise. Set the reference with `update_difficulty`, from a fixed
+    probe at the start of each epoch; before that it is estimated from every batch.
+
+    An adapter starts at the identity, where the restored image may equal the degraded one and the
+    denominator D would be 0. It is therefore softened to
+    :math:`\sqrt{D^2 + (\epsilon s)^2}` with s = max(d(GT, LQ), `min_distance`), constant in R, so
+    that value and gradient do not depend on the scale of the features. With the default
+    :math:`\epsilon = 0.5` and no medium image, per unit of level weight, the loss of an exact copy
+    of the degraded image is 2, its gradient in units of d is at most 4.3 / s on the way from there
+    to the target, and near the target the loss is 3 % below the paper's ratio. Measured on a
+    photograph with noise, haze and low light, 0.1 times this loss has a gradient 0.7 to 14 times
+    as long as that of L1; with the customary constant of 1e-7 instead, up to six million times.
+
+    All is computed in float32 (float64 for float64 images), also under autocast: the distance of
+    two similar images is lost in half precision. Target, degraded and medium images are constants.
+
+    Sources: Perceive-IR, IEEE TIP 2025, arXiv 2408.15994, restoration stage (the loss); AECR-Net,
+    CVPR 2021, contrastive regularization (the ratio of distances).
+
+    Args:
+        features: None for `FilterPyramid` (an image level and four DCT levels, equal weights), a
+            timm name (``vgg16``: relu1_2, conv2_2, relu3_1, relu3_3 with weights 1/12, 1/6, 1/3, 1,
+            as in the paper), or a module (see `ModuleFeatures`).
+        hard_weight: of medium images that the network has overtaken.
+        easy_weight: of medium images that are still better than the network's.
+        degraded_weight: of the degraded image.
+        eps: softening of the denominator, in units of the distance of degraded and target.
+        min_distance: smallest such distance, in units of the features; one gray level.
+
+    Raises:
+        ConfigError: a weight that is negative or not finite, `degraded_weight`, `eps` or
+            `min_distance` not above 0, or features that cannot be had.
+
+    Example:
+        >>> loss = DifficultyAdaptiveLoss()
+        >>> target = torch.full((1, 3, 8, 8), 0.5)
+        >>> degraded = target + 0.25
+        >>> round(loss(degraded, target, degraded).item(), 4)  # weight 1/5, value 2: DC only
+        0.4
+        >>> loss(target, target, degraded, medium=[target + 0.1]).item()
+        0.0
+    """
+
+    reference_psnr: Tensor
+
+    def __init__(
+        self,
+        features: str | nn.Module | None = None,
+        *,
+        hard_weight: float = 1.25,
+        easy_weight: float = 0.75,
+        degraded_weight: float = 2.0,
+        eps: float = 0.5,
+        min_distance: float = 1 / 255,
+    ) -> None:
+        super().__init__()
+        self.hard_weight = check_number("hard_weight", hard_weight)
+        self.easy_weight = check_number("easy_weight", easy_weight)
+        self.degraded_weight = check_number("degraded_weight", degraded_weight, positive=True)
+        self.eps = check_number("eps", eps, positive=True)
+        self.min_distance = check_number("min_distance", min_distance, positive=True)
+        self.features = resolve_features(features)
+        # NaN stands for "not set": it survives state_dict and needs no synchronization to test.
+        self.register_buffer("reference_psnr", torch.tensor(math.nan))
+
+    def update_difficulty(self, psnr: float | Tensor) -> None:
+        """Set the PSNR in dB that medium images are compared with: the network's own, by now.
+
+        Raises:
+            ConfigError: `psnr` is not one finite number.
+        """
+        value = float(psnr)
+        if not math.isfinite(value):
+            raise ConfigError(f"the reference PSNR must be finite, in dB, got {value}")
+        self.reference_psnr.fill_(value)
+
+    def forward(
+        self,
+        restored: Tensor,
+        target: Tensor,
+        degraded: Tensor,
+        medium: Sequence[Tensor] = (),
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss, a scalar of at least 0.
+
+        Args:
+            restored: (B, 3, H, W) or (B, 1, H, W), RGB or gray, in [0, 1]; receives the gradient.
+            target: same shape.
+            degraded: same shape.
+            medium: n tensors of the same shape, n from 0 on.
+            valid: (B, n), true or nonzero where a sample has that medium image; None means all.
+                Whatever an invalid image holds, NaN included, has no effect.
+
+        Raises:
+            LossInputError: shapes, channels, dtypes or devices that do not fit, an empty batch,
+                or features of another number of levels than weights.
+        """
+        images = self._checked(restored, target, degraded, medium)
+        mask = _check_valid(valid, len(images) - 3, images[0])
+        with torch.autocast(restored.device.type, enabled=False):
+            images = [full_precision(image) for image in images]
+            image, references = images[0], [reference.detach() for reference in images[1:]]
+            for index, use in enumerate(mask.unbind(1), start=2):
+                references[index] = references[index].where(use[:, None, None, None], references[1])
+            pull, push, scale = self._level_distances(image, references)
+            push_weights = self._push_weights(image.detach(), references, mask)
+            denominator = torch.hypot(
+                (push * push_weights[:, None]).sum(0), self.eps * scale.clamp_min(self.min_distance)
+            )
+            ratio = pull / denominator  # (levels, B)
+            return (self._level_weights(ratio) * ratio).sum(0).mean()
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `repr`."""
+        return (
+            f"hard_weight={self.hard_weight}, easy_weight={self.easy_weight}, "
+            f"degraded_weight={self.degraded_weight}, eps={self.eps}"
+        )
+
+    def _checked(
+        self, restored: Tensor, target: Tensor, degraded: Tensor, medium: Sequence[Tensor]
+    ) -> list[Tensor]:
+        if isinstance(medium, Tensor):
+            raise LossInputError(
+                f"medium must be a sequence of tensors (B, 3, H, W), got one tensor of shape "
+                f"{tuple(medium.shape)}; pass [medium], or medium.unbind(1) for (B, n, 3, H, W)"
+            )
+        named = {"target": target, "degraded": degraded}
+        named.update((f"medium[{index}]", image) for index, image in enumerate(medium))
+        return [
+            check_image("restored", restored),
+            *(check_image(name, image, like=restored) for name, image in named.items()),
+        ]
+
+    def _level_distances(
+        self, image: Tensor, references: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return d(R, GT) (L, B), d(R, LQ and mediums) (1 + n, L, B) and d(GT, LQ) (L, B)."""
+        levels = self.features(image)
+        remaining = self._reference_levels(references)
+        target, degraded = next(remaining), next(remaining)
+        pull, scale = _distances(levels, target), _distances(target, degraded)
+        push = [_distances(levels, degraded)]
+        push.extend(_distances(levels, medium) for medium in remaining)
+        return pull, torch.stack(push), scale
+
+    def _reference_levels(self, references: list[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Yield the constant feature levels of each reference."""
+        batched = _in_one_pass(references[0].device)
+        for images in [torch.cat(references)] if batched else references:
+            with torch.no_grad():
+                levels = self.features(images)
+            count = len(images) // len(references[0])
+            yield from zip(*(level.chunk(count) for level in levels), strict=True)
+
+    def _push_weights(self, image: Tensor, references: list[Tensor], mask: Tensor) -> Tensor:
+        """Return the weight (1 + n, B) of the degraded and each medium image."""
+        target, degraded, *medium = references
+        weights = [degraded.new_full((len(degraded),), self.degraded_weight)]
+        if medium:
+            reference = self.reference_psnr
+            reference = torch.where(reference.isnan(), _psnr(image, target).mean(), reference)
+        for other, use in zip(medium, mask.unbind(1), strict=True):
+            hard = _psnr(other, target) <= reference
+            weights.append(torch.where(hard, self.hard_weight, self.easy_weight) * use)
+        return torch.stack(weights)
+
+    def _level_weights(self, ratio: Tensor) -> Tensor:
+        """Return the features' level weights (L, 1)."""
+        levels = len(ratio)
+        weights = self.features.weights
+        if weights is None:
+            weights = (1 / levels,) * levels
+        return ratio.new_tensor(weights).unsqueeze(1)
+
+
+def _check_valid(valid: Tensor | None, medium: int, like: Tensor) -> Tensor:
+    shape = (len(like), medium)
+    if valid is None:
+        return torch.ones(shape, dtype=torch.bool, device=like.device)
+    if not isinstance(valid, Tensor) or tuple(valid.shape) != shape:
+        got = tuple(valid.shape) if isinstance(valid, Tensor) else type(valid).__name__
+        raise LossInputError(
+            f"valid must be a tensor of shape {shape} (batch, medium images), got {got}"
+        )
+    return valid.to(like.device) != 0
+
+
+def _in_one_pass(device: torch.device) -> bool:
+    """Whether all references go through the network as one batch.
+
+    An accelerator wants few large launches; on a CPU one reference at a time stays in its caches
+    and frees its features early, which is faster by a sixth and takes less memory.
+    """
+    return device.type != "cpu"
+
+
+def _distances(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Return the distance per level and sample, (L, B)."""
+    return torch.stack([_distance(a, b) for a, b in zip(first, second, strict=True)])
+
+
+def _distance(first: Tensor, second: Tensor) -> Tensor:
+    """Return the mean absolute difference per sample, (B,)."""
+    return (full_precision(first) - full_precision(second)).abs().flatten(1).mean(1)
+
+
+def _psnr(image: Tensor, target: Tensor) -> Tensor:
+    """Return the PSNR per sample in dB, (B,), of images clamped to [0, 1]; at most 100."""
+    error = (image.clamp(0, 1) - target.clamp(0, 1)).square().flatten(1).mean(1)
+    return -10 * error.clamp_min(_MIN_MSE).log10()

@@ -1,0 +1,79 @@
+"""What a perceiver is made of, as its folder records it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from perceive_adapter.errors import ConfigError
+
+__all__ = ["Architecture", "PerceiverConfig"]
+
+_Scalar: TypeAlias = int | float | bool | str | None
+_Tower: TypeAlias = Mapping[str, _Scalar | tuple[int, ...] | Mapping[str, _Scalar]]
+Architecture: TypeAlias = Mapping[str, _Scalar | _Tower]
+"""Keyword arguments of an open_clip model: ``embed_dim``, ``vision_cfg``, ``text_cfg``, ..."""
+
+_FORMAT = 1
+_LIMITS = {"layers": 256}
+_LIMIT = 65_536
+
+
+@dataclass(frozen=True)
+class PerceiverConfig:
+    """What a :class:`~perceive_adapter.perceiver.QualityPerceiver` is made of.
+
+    Args:
+        clip: name of an open_clip model, or the keyword arguments of one.
+        pretrained: open_clip's tag of its weights; None where they are the perceiver's own, and
+            are saved with it.
+        tiers: names of the quality tiers, from worst to best.
+        words: for each tier, the word that its prompt starts from.
+        context_length: learnable vectors in each prompt.
+        views: largest number of native-resolution crops that stand for an image.
+        format_version: version of this record.
+
+    Raises:
+        ConfigError: a field has a value that cannot work.
+    """
+
+    clip: str | Architecture
+    pretrained: str | None
+    tiers: tuple[str, ...]
+    words: tuple[str, ...]
+    context_length: int
+    views: int
+    format_version: int = _FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format_version != _FORMAT:
+            raise ConfigError(
+                f"the perceiver has format_version={self.format_version}: this version of "
+                f"perceive_adapter reads {_FORMAT}. Install the version that wrote it."
+            )
+        if len(self.tiers) < 2 or len(set(self.tiers)) < len(self.tiers) or "" in self.tiers:
+            raise ConfigError(
+                f"tiers={self.tiers!r}: expected at least two different names, from worst to best."
+            )
+        if len(self.words) != len(self.tiers):
+            raise ConfigError(
+                f"words={self.words!r} for tiers={self.tiers!r}: expected one word for each tier."
+            )
+        for name, value in (("context_length", self.context_length), ("views", self.views)):
+            if not 1 <= value <= _LIMIT:
+                raise ConfigError(f"{name}={value}: expected an integer from 1 to {_LIMIT}.")
+        if not isinstance(self.clip, str):
+            _check_numbers(self.clip, "clip")
+
+
+def _check_numbers(values: Mapping[str, object], where: str) -> None:
+    """Refuse sizes that no CLIP has, before anything is allocated for them."""
+    for name, value in values.items():
+        limit = _LIMITS.get(name, _LIMIT)
+        if isinstance(value, Mapping):
+            _check_numbers(value, f"{where}.{name}")
+            continue
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, int | float) and not abs(number) <= limit:
+                raise ConfigError(
+                    f"{where}.{name}={number}: expected at most {limit}. Check the architecture."
+                )

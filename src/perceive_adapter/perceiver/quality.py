@@ -1,0 +1,296 @@
+"""A perceiver of image quality: learnable tier prompts on a frozen CLIP."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+from warnings import warn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceive_adapter.data.views import native_views
+from perceive_adapter.errors import LossInputError, UntrainedPerceiverWarning
+from perceive_adapter.perceiver import saving
+from perceive_adapter.perceiver.checks import check_finite, check_image
+from perceive_adapter.perceiver.config import Architecture, PerceiverConfig
+from perceive_adapter.perceiver.perceived import Perceived
+from perceive_adapter.perceiver.prompts import TierPrompts, tier_words
+from perceive_adapter.perceiver.towers import ClipTowers, build_clip, embed_words
+
+__all__ = ["QualityPerceiver"]
+
+
+class QualityPerceiver(nn.Module):
+    """Tell the quality tier of an image with learnable prompts on a frozen CLIP.
+
+    Make one with :meth:`create` or :meth:`from_pretrained`. The logits are
+    ``logit_scale * cos(image, prompt)``, with CLIP's own scale, in training (:meth:`tier_loss`), in
+    scoring and in any loss that is built on ``tiers``. Only the prompts' context trains; the
+    towers stay frozen and in eval mode. Gradients reach the image, so a frozen perceiver serves in
+    a loss.
+
+    An image is perceived through at most ``config.views`` square crops at native resolution
+    (:func:`~perceive_adapter.data.views.native_views`), of the size that the image tower takes:
+    noise is not averaged away, and memory does not grow with the image. Their unit embeddings are
+    averaged. Only what is smaller than the tower's input is enlarged.
+
+    Text features are computed once while the context is frozen (``requires_grad_(False)``, as
+    :meth:`from_pretrained` leaves it), and at every call while it trains.
+
+    Source: stage 1 of Perceive-IR (IEEE TIP 2025, https://arxiv.org/abs/2408.15994).
+
+    Attributes:
+        degradations: names of the degradations that it tells apart; none.
+        lower_better: False, since a higher score is better.
+        score_range: (0.0, 1.0).
+
+    Example:
+        >>> perceiver = QualityPerceiver.create(
+        ...     clip={
+        ...         "embed_dim": 16,
+        ...         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        ...         "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+        ...     },
+        ...     pretrained=None,
+        ... )
+        >>> perceiver.tiers
+        ('low', 'medium', 'high')
+        >>> images = torch.rand(2, 3, 48, 64)
+        >>> perceiver.tier_loss(images, torch.tensor([0, 2])).shape
+        torch.Size([])
+        >>> perceiver.logits(images).shape
+        torch.Size([2, 3])
+    """
+
+    degradations: ClassVar[tuple[str, ...]] = ()
+    lower_better: ClassVar[bool] = False
+    score_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+    def __init__(self, towers: ClipTowers, prompts: TierPrompts, config: PerceiverConfig) -> None:
+        super().__init__()
+        self.towers = towers
+        self.prompts = prompts
+        self.config = config
+        self._text_cache: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+        self._scored = False
+
+    @classmethod
+    def create(
+        cls,
+        clip: str | Architecture = "ViT-B-32-quickgelu",
+        pretrained: str | os.PathLike[str] | None = "openai",
+        tiers: Sequence[str] = ("low", "medium", "high"),
+        words: Sequence[str] | None = None,
+        context_length: int = 16,
+        seed: int = 0,
+        views: int = 4,
+    ) -> "QualityPerceiver":
+        """Make a perceiver with untrained prompts.
+
+        Args:
+            clip: name of an open_clip model, or its keyword arguments: ``embed_dim``,
+                ``vision_cfg``, ``text_cfg``, ``quick_gelu``, ``custom_text``.
+            pretrained: a tag of open_clip (downloaded once), a file of weights, or None for random
+                ones. OpenAI's weights need a model with QuickGELU.
+            tiers: names from worst to best.
+            words: for each tier, the word that its prompt starts from; None for the paper's words
+                where the tiers are the paper's.
+            context_length: learnable vectors in each prompt.
+            seed: of the prompts, and of the towers where ``pretrained`` is None; the global
+                generators are left alone.
+            views: largest number of crops that stand for an image.
+
+        Raises:
+            ConfigError: an argument cannot work, or the weights do not belong to the model.
+            CheckpointError: the weights cannot be downloaded or read.
+        """
+        own_weights = pretrained is None or os.path.isfile(pretrained)
+        config = PerceiverConfig(
+            clip=clip,
+            pretrained=None if own_weights else str(pretrained),
+            tiers=tuple(tiers),
+            words=tier_words(tiers, words),
+            context_length=context_length,
+            views=views,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build_clip(clip, pretrained)
+        towers = ClipTowers(model, length=context_length + 2)
+        prompts = TierPrompts.draw(
+            *embed_words(model, config.words), length=context_length, seed=seed
+        )
+        return cls(towers, prompts, config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        is_trainable: bool = False,
+    ) -> "QualityPerceiver":
+        """Load a folder that :meth:`save_pretrained` wrote, or a Hub repository of one.
+
+        Args:
+            name_or_path: folder, or ``user/repo``.
+            revision: branch, tag or commit of the repository.
+            token: access token to the Hub.
+            cache_dir: cache in place of huggingface_hub's own.
+            local_files_only: make no request for the repository.
+            is_trainable: whether the prompts' context requires a gradient.
+
+        Raises:
+            CheckpointError: there is no such perceiver, it is damaged, or open_clip now builds
+                another CLIP than the one that it was saved with.
+        """
+        loaded = saving.load(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        perceiver = cls(*loaded.parts)
+        perceiver.prompts.requires_grad_(is_trainable)
+        saving.check_probe(perceiver, loaded)
+        return perceiver
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``perceiver_config.json``, ``perceiver_model.safetensors`` and a model card.
+
+        The towers are saved too unless open_clip can name and load their weights.
+
+        Raises:
+            CheckpointError: ``folder`` is a file.
+        """
+        return saving.save(self, folder)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of what decides a score, in 64 hexadecimal digits.
+
+        It covers the prompts and both towers in their present dtype, the tiers and the views, and
+        reads all weights: about a second for a ViT-B/32.
+        """
+        return saving.fingerprint(self)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Names of the tiers, from worst to best."""
+        return self.config.tiers
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width E of the embedding."""
+        return self.towers.embedding_dim
+
+    @property
+    def trained(self) -> bool:
+        """Whether the prompts differ from those that were drawn."""
+        return self.prompts.trained
+
+    def forward(self, image: Tensor) -> Perceived:
+        """Perceive images.
+
+        Args:
+            image: (B, 3, H, W), RGB in [0, 1], floating point, any size.
+
+        Returns:
+            Score, tier probabilities and embedding, in single precision or better.
+
+        Raises:
+            ImageError: the image has another shape or dtype, is empty, or, where telling costs
+                nothing, is not finite.
+
+        Warns:
+            UntrainedPerceiverWarning: once, where the prompts were never trained.
+        """
+        self._warn_if_untrained()
+        embedding = self.embed(image)
+        tiers = self._logits(embedding).softmax(dim=1)
+        check_finite(tiers)
+        ranks = torch.linspace(0, 1, len(self.tiers), dtype=tiers.dtype, device=tiers.device)
+        none = tiers.new_zeros(len(tiers), 0)
+        return Perceived((tiers * ranks).sum(dim=1), tiers, none, none, embedding)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Return ``logit_scale * cos(image, prompt)``, (B, K), for images (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ImageError: as for calling the perceiver, except that values are not checked.
+        """
+        return self._logits(self.embed(image))
+
+    def tier_loss(self, image: Tensor, tier: Tensor) -> Tensor:
+        """Return stage 1's loss, the cross entropy over tiers, a scalar.
+
+        Args:
+            image: (B, 3, H, W), RGB in [0, 1].
+            tier: (B,), int64, index into :attr:`tiers`.
+
+        Raises:
+            ImageError: the image has another shape or dtype.
+            LossInputError: ``tier`` does not have one index for each image.
+        """
+        if tier.shape != image.shape[:1] or tier.dtype != torch.int64:
+            raise LossInputError(
+                f"tier has shape {tuple(tier.shape)} and dtype {tier.dtype} for images of shape "
+                f"{tuple(image.shape)}: expected one int64 index into {self.tiers} for each image."
+            )
+        return F.cross_entropy(self.logits(image), tier)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Return the embedding (B, E), unit vectors, of images (B, 3, H, W), RGB in [0, 1].
+
+        Raises:
+            ImageError: the image has another shape or dtype.
+        """
+        check_image(image)
+        # Square crops, so that an image narrower than the tower's input is not distorted.
+        size = min(*self.towers.image_size, *image.shape[-2:])
+        views = native_views(image, size, self.config.views)
+        embeddings = self.towers.encode_image(views.flatten(0, 1))
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        return F.normalize(embeddings.reshape(*views.shape[:2], -1).mean(dim=1), dim=1)
+
+    def text_features(self) -> Tensor:
+        """Return the features of the prompts, (K, E), unit vectors."""
+        context = self.prompts.context
+        if context.requires_grad or torch.compiler.is_compiling():
+            return self.towers.encode_prompts(self.prompts())
+        key = (context._version, context.data_ptr(), context.dtype, context.device)
+        cached = self._text_cache
+        if cached is not None and cached[0] is context and cached[1] == key:
+            return cached[2]
+        # Out of the caller's modes, which later calls need not share.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(context.device.type, enabled=False),
+        ):
+            features = self.towers.encode_prompts(self.prompts())
+        self._text_cache = context, key, features
+        return features
+
+    def _logits(self, embedding: Tensor) -> Tensor:
+        # A sum of products rather than a matrix product, which autocast would round to half.
+        text = self.text_features().to(embedding.dtype)
+        cosine = (embedding.unsqueeze(1) * text).sum(dim=2)
+        return self.towers.logit_scale.to(embedding.dtype).exp() * cosine
+
+    def _warn_if_untrained(self) -> None:
+        if self._scored or torch.compiler.is_compiling():
+            return
+        self._scored = True
+        if not self.trained:
+            warn(
+                "this perceiver's prompts were never trained, so its scores mean nothing yet. "
+                "Train them with tier_loss, or load a trained perceiver with from_pretrained.",
+                UntrainedPerceiverWarning,
+                stacklevel=5,
+            )

@@ -1,0 +1,98 @@
+"""Native-resolution views."""
+
+import itertools
+
+import pytest
+import torch
+
+from perceive_adapter.data.views import native_views
+from perceive_adapter.errors import ConfigError, ImageError
+
+
+def positions(height: int, width: int) -> torch.Tensor:
+    """An image (1, 2, H, W) whose pixels know where they are."""
+    grid = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack(grid)[None].float()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 16])
+def test_grid(limit: int) -> None:
+    for height, width in itertools.product([1, 31, 32, 33, 64, 70, 300], repeat=2):
+        image = positions(height, width)
+        views = native_views(image, 32, limit)
+        count = views.shape[1]
+        crop = min(32, height), min(32, width)
+        needed = -(-height // 32) * -(-width // 32)
+        assert views.shape == (1, count, 2, *crop)
+        assert 1 <= count <= min(limit, needed)
+        assert limit < needed or count == needed
+        for view in views[0]:
+            top, left = view[:, 0, 0].int().tolist()
+            assert torch.equal(view, image[0, :, top : top + crop[0], left : left + crop[1]])
+        for axis, (size, side) in enumerate(zip((height, width), crop, strict=True)):
+            offsets = sorted(set(views[0, :, axis, 0, 0].int().tolist()))
+            steps = [b - a for a, b in itertools.pairwise(offsets)]
+            assert offsets[0] == size - side - offsets[-1] or len(offsets) == 1
+            assert not steps or max(steps) - min(steps) <= 1
+            assert len(offsets) > 1 or abs(offsets[0] * 2 - (size - side)) <= 1
+
+
+def test_enough_views_cover_every_pixel() -> None:
+    views = native_views(positions(100, 75), 32, 12)
+    seen = {(y, x) for view in views[0] for y, x in view.flatten(1).int().T.tolist()}
+    assert views.shape[1] == 12
+    assert len(seen) == 100 * 75
+
+
+def test_grid_follows_the_aspect_ratio() -> None:
+    assert native_views(torch.zeros(1, 1, 400, 400), 32, 5).shape[1] == 4
+    wide = native_views(positions(200, 800), 32, 4)[0]
+    assert wide[:, 0, 0, 0].unique().numel() == 1
+    assert wide[:, 1, 0, 0].unique().numel() == 4
+
+
+def test_small_image_is_not_copied() -> None:
+    image = torch.zeros(2, 3, 32, 20)
+    views = native_views(image, 32, 4)
+    assert views.shape == (2, 1, 3, 32, 20)
+    assert views.data_ptr() == image.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
+    assert native_views(torch.ones(1, 3, 70, 70).to(dtype), 32, 4).dtype == dtype
+
+
+def test_gradient_counts_the_views_of_a_pixel() -> None:
+    image = torch.zeros(1, 1, 48, 32, requires_grad=True)
+    native_views(image, 32, 2).sum().backward()
+    assert image.grad is not None
+    assert image.grad[0, 0, :, 0].tolist() == [1.0] * 16 + [2.0] * 16 + [1.0] * 16
+
+
+class Mean(torch.nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return native_views(image, 32, 4).mean((1, 2))
+
+
+def test_compiles_in_one_graph_for_any_size() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(Mean(), backend="eager", fullgraph=True)
+    for size in [(20, 30), (70, 40), (90, 40), (200, 100)]:
+        image = torch.rand(2, 3, *size)
+        assert torch.equal(compiled(image), Mean()(image))
+
+
+def test_exports() -> None:
+    image = torch.rand(1, 3, 70, 40)
+    exported = torch.export.export(Mean(), (image,))
+    assert torch.equal(exported.module()(image), Mean()(image))
+
+
+def test_errors() -> None:
+    for size, limit in [(0, 1), (1, 0), (-3, 4)]:
+        with pytest.raises(ConfigError, match=f"size={size} and limit={limit}"):
+            native_views(torch.zeros(1, 3, 4, 4), size, limit)
+    for shape in [(3, 4, 4), (1, 3, 0, 4), (1, 3, 4, 0)]:
+        with pytest.raises(ImageError, match=r"expected \(B, C, H, W\)"):
+            native_views(torch.zeros(shape), 4, 4)
