@@ -28,7 +28,7 @@ def _shrink(photo: Image.Image, longest_side: int) -> Tensor:
     """(3, H, W) in [0, 1], no side longer than ``longest_side``."""
     photo = photo.convert("RGB")
     photo.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS, reducing_gap=None)
-    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).float().div(255)
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous().float().div(255)
 
 
 def random_crops(

@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar, also in a pipe
     size = SIZES[arguments.size]
     steps = size.steps if arguments.steps is None else arguments.steps
     torch.manual_seed(arguments.seed)
@@ -86,7 +87,7 @@ def check_reload(model: PerceiveModel, degraded: torch.Tensor, out: Path) -> int
     print(f"The adapter: {adapter}, {weights.stat().st_size / 1e6:.2f} MB")
     example = out / "example.safetensors"
     with torch.no_grad():
-        save_file({"degraded": degraded, "restored": model(degraded).contiguous()}, example)
+        save_file({"degraded": degraded, "restored": model(degraded)}, example)
     command = [sys.executable, str(HERE / "reload.py"), str(adapter), str(example)]
     return subprocess.run(command, check=False).returncode
 

@@ -116,6 +116,9 @@ class PromptInjector(nn.Module):
         plan: sites, from :func:`~perceive_adapter.plan_sites`.
         config: kinds of the prompt modules and sources of the condition.
 
+    Attributes:
+        attached: whether the hooks are installed.
+
     Example:
         >>> from perceive_adapter import Perception, PromptInjector, plan_sites
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
@@ -137,6 +140,7 @@ class PromptInjector(nn.Module):
         self.encoder = ConditionEncoder(self.config, plan.image_channels)
         self.levels = self._sites("level")
         self.layers = self._sites("layer")
+        self.attached = False
         self._handles: list[RemovableHandle] = []
         self._hooked: dict[tuple[str, str], nn.Module] = {}
 
@@ -155,11 +159,6 @@ class PromptInjector(nn.Module):
     def prompt_sites(self) -> list[PromptSite]:
         """The sites with their prompt modules, levels first."""
         return [cast(PromptSite, s) for s in (*self.levels.values(), *self.layers.values())]
-
-    @property
-    def attached(self) -> bool:
-        """Whether the hooks are installed."""
-        return bool(self._handles)
 
     @property
     def enabled(self) -> bool:
@@ -186,6 +185,7 @@ class PromptInjector(nn.Module):
             self.module_at(prompt.site).register_forward_hook(prompt.hook)
             for prompt in reversed(self.prompt_sites)  # a layer's branch before its level's change
         ]
+        self.attached = True
 
     def detach(self) -> None:
         """Remove the hooks; the prompt modules stay as they are."""
@@ -193,6 +193,7 @@ class PromptInjector(nn.Module):
             handle.remove()
         self._handles = []
         self._hooked = {}
+        self.attached = False
 
     def module_at(self, site: Site) -> nn.Module:
         """Return the module of the attached backbone at ``site``."""

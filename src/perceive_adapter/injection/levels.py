@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from torch import nn
 
@@ -39,7 +39,7 @@ def choose_levels(backbone: nn.Module, traces: Traces) -> list[tuple[Stage, str]
         return []
     chosen: dict[str, tuple[Stage, str]] = {}
     deepest = max(stage.feature.stride for stage in stages)
-    for stage, following in zip(stages, stages[1:], strict=False):
+    for stage, following in pairwise(stages):
         if following.feature.stride < stage.feature.stride:
             bottom = stage.feature.stride == deepest
             chosen[stage.name] = (stage, "bottleneck" if bottom else "decoder level")

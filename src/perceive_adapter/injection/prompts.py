@@ -96,7 +96,7 @@ class ChannelCrossAttention(nn.Module):
 
     def forward(self, features: Tensor, condition: Tensor, source: Tensor) -> Tensor:
         """Guide ``features``, then attend from the guided to the given ones."""
-        guided = self.guide(features, condition, source)
+        guided: Tensor = self.guide(features, condition, source)
         dtype = self.to_query.weight.dtype
         tokens = features.movedim(self.channel_axis, -1).to(dtype)
         query = self._split(self.to_query(guided.movedim(self.channel_axis, -1).to(dtype)))

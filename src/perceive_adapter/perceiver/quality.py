@@ -115,13 +115,12 @@ class QualityPerceiver(nn.Module):
             context_length=context_length,
             views=views,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
             model = build_clip(clip, pretrained)
-        towers = ClipTowers(model, length=context_length + 2)
-        prompts = TierPrompts.draw(
-            *embed_words(model, config.words), length=context_length, seed=seed
-        )
+            towers = ClipTowers(model, length=context_length + 2)
+            words_start_end = embed_words(model, config.words)
+        prompts = TierPrompts.draw(*words_start_end, length=context_length, seed=seed)
         return cls(towers, prompts, config)
 
     @classmethod

@@ -76,7 +76,8 @@ def load(
     where = f"{TENSORS_NAME} in {str(folder)!r}"
     probe = tensors.pop("probe", None)
     try:
-        towers, prompts = _build_parts(config, tensors)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            towers, prompts = _build_parts(config, tensors)
     except (ConfigError, RuntimeError) as error:
         raise CheckpointError(
             f"{where} does not fit its {CONFIG_NAME}: {error} Save the perceiver again."
