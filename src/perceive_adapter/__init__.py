@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     )
     from perceive_adapter.injection.discovery import plan_sites
     from perceive_adapter.injection.injector import PromptInjector
-    from perceive_adapter.injection.model import AdapterStatus, PerceiveModel
+    from perceive_adapter.injection.model import PerceiveModel
     from perceive_adapter.injection.perception import Perception, ValueRange
     from perceive_adapter.injection.plan import Layout, Site, SitePlan
+    from perceive_adapter.injection.status import AdapterStatus
     from perceive_adapter.injection.wrap import wrap
     from perceive_adapter.losses.difficulty import DifficultyAdaptiveLoss
     from perceive_adapter.perceiver.perceived import Perceived
@@ -63,7 +64,7 @@ _ERRORS = (
 )
 _HOMES = {
     "AdapterConfig": "config",
-    "AdapterStatus": "injection.model",
+    "AdapterStatus": "injection.status",
     "DifficultyAdaptiveLoss": "losses.difficulty",
     "Layout": "injection.plan",
     "Perceived": "perceiver.perceived",

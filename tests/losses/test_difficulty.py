@@ -309,9 +309,36 @@ def test_one_pass_with_gradient_for_the_restored_image_alone():
     assert all(image.grad is None for image in given[1:])
 
 
-def test_accelerators_take_all_references_in_one_pass():
+def test_accelerators_take_all_references_in_one_pass(monkeypatch):
     assert module._in_one_pass(torch.device("cuda"))
     assert not module._in_one_pass(torch.device("cpu"))
+    monkeypatch.setattr(module, "_in_one_pass", lambda device: True)
+    sizes = []
+
+    class Spy(nn.Module):
+        def forward(self, image):
+            sizes.append(len(image))
+            return image
+
+    given = images(5)
+    DifficultyAdaptiveLoss(Spy())(*given[:3], given[3:])
+    assert sizes == [3, 12]
+
+
+def test_references_are_constants():
+    """The pyramid's level 0 is its input itself, so no_grad alone would not do."""
+    given = [image.requires_grad_() for image in images(4)]
+    DifficultyAdaptiveLoss()(*given[:3], given[3:]).backward()
+    assert given[0].grad is not None
+    assert all(image.grad is None for image in given[1:])
+
+
+def test_psnr_is_measured_within_the_range():
+    """What lies beyond [0, 1] would be clipped on saving, and does not count against an image."""
+    target = torch.cat([torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)])
+    beyond = target + torch.tensor([-0.5, 0.5]).view(2, 1, 1, 1)
+    assert module._psnr(beyond, target).tolist() == pytest.approx([100.0, 100.0])
+    assert module._psnr(target * 0.9, target).tolist() == pytest.approx([100.0, 20.0])
 
 
 def test_reference_survives_state_dict():

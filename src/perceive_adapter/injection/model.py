@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,39 +20,12 @@ from perceive_adapter.injection.plan import SitePlan
 from perceive_adapter.injection.probe import check_image
 from perceive_adapter.injection.restore import Image, find_multiple, restore_image
 from perceive_adapter.injection.semantic import SemanticGuidance
+from perceive_adapter.injection.status import AdapterStatus
 from perceive_adapter.perceiver.quality import QualityPerceiver
 
-__all__ = ["AdapterStatus", "PerceiveModel"]
+__all__ = ["PerceiveModel"]
 
 FOLD_FROM = 128 * 128
-
-
-@dataclass(frozen=True)
-class AdapterStatus:
-    """State of a wrapped model.
-
-    Args:
-        adapters: names of all adapters.
-        active: name of the one that is in use.
-        enabled: False inside :meth:`PerceiveModel.disabled`.
-        levels: names of the active adapter's level sites.
-        layers: names of its layer sites.
-        blocked: sites that a frozen zero scale of the backbone hides from the output, so that
-            their prompts do not train.
-        trainable: number of parameters that train.
-        total: parameters of the backbone and of the active adapter.
-        unfrozen: names of the backbone's parameters that train.
-    """
-
-    adapters: tuple[str, ...]
-    active: str
-    enabled: bool
-    levels: tuple[str, ...]
-    layers: tuple[str, ...]
-    blocked: tuple[str, ...]
-    trainable: int
-    total: int
-    unfrozen: tuple[str, ...]
 
 
 class PerceiveModel(nn.Module):
@@ -285,12 +257,7 @@ class PerceiveModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print one line: how many parameters train, of how many, at how many sites."""
-        state = self.status()
-        share = 100 * state.trainable / state.total
-        print(
-            f"trainable: {state.trainable:,} of {state.total / 1e6:.1f} M ({share:.1f} %), "
-            f"{len(state.levels)} level and {len(state.layers)} layer sites"
-        )
+        print(self.status())
 
     def unfreeze(self, *patterns: str) -> list[str]:
         """Let parameters of the backbone train too, and be saved with the adapter.

@@ -1,5 +1,7 @@
 """Contrastive loss of degradation embeddings, with negatives from every rank."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -114,9 +116,31 @@ def _gather(vectors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"every rank must give the contrastive loss an equal batch, got {counts}; use "
             "drop_last=True"
         )
-    from torch.distributed.nn.functional import all_gather
-
     all_labels = [torch.empty_like(labels) for _ in counts]
     dist.all_gather(all_labels, labels.contiguous())
-    gathered = all_gather(vectors)  # type: ignore[no-untyped-call]
-    return torch.cat(gathered), torch.cat(all_labels)
+    all_vectors: Tensor = _AllGather.apply(vectors)  # type: ignore[no-untyped-call]
+    return all_vectors, torch.cat(all_labels)
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate equal tensors of all ranks; the gradient sums what every rank sends back.
+
+    torch.distributed.nn.functional.all_gather does the same; newer versions of torch warn of it,
+    and its successor does not exist in older ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for _ in range(dist.get_world_size())
+        ]
+        dist.all_gather(parts, tensor.contiguous())
+        ctx.own = slice(dist.get_rank() * len(tensor), (dist.get_rank() + 1) * len(tensor))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[ctx.own]

@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all the set-up by themselves, into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint slow format clean
+
+demo: .venv/demo.stamp  ## adapt a small denoiser to rain, haze and low light, and show it
+	$(BIN)/python examples/demo/run.py
+
+test: .venv/dev.stamp lint  ## lint, types, tests with coverage
+	$(BIN)/python -m pytest -m "not slow" --cov=perceive_adapter --cov-fail-under=90
+
+slow: .venv/dev.stamp  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv out dist .coverage .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # knows dependency groups
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/pip
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml | .venv/bin/pip
+	$(BIN)/python -m pip install --quiet -e ".[train,demo,app]" --group dev
+	@touch $@ .venv/demo.stamp
