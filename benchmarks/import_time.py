@@ -16,7 +16,8 @@ start = time.perf_counter()
 import perceive_adapter
 {more}
 print(time.perf_counter() - start)
-heavy = {{"timm", "open_clip", "torchvision", "huggingface_hub", "accelerate", "gradio", "spandrel"}}
+heavy = {{"timm", "open_clip", "torchvision", "huggingface_hub", "accelerate", "gradio"}}
+heavy |= {{"spandrel"}}
 print(",".join(sorted(heavy & set(sys.modules))) or "none")
 """
 VARIANTS = {

@@ -169,8 +169,12 @@ class PromptInjector(nn.Module):
     def enabled(self, value: bool) -> None:
         self.state.enabled = value
 
-    def attach(self, backbone: nn.Module) -> None:
+    def attach(self, backbone: nn.Module, *, beside_others: bool = False) -> None:
         """Install the hooks, after checking that every site is there.
+
+        Args:
+            backbone: the network.
+            beside_others: whether the backbone may carry the hooks of other injectors.
 
         Raises:
             CompiledBackboneError: the backbone is compiled or scripted.
@@ -179,7 +183,7 @@ class PromptInjector(nn.Module):
         """
         if self.attached:
             raise AlreadyWrappedError("this injector is attached already; detach() it first")
-        check_backbone(backbone)
+        check_backbone(backbone, hooked=beside_others)
         self._hooked = self.check_fits(backbone)
         self._handles = [
             self.module_at(prompt.site).register_forward_hook(prompt.hook)
@@ -243,8 +247,12 @@ class PromptInjector(nn.Module):
                 self.disarm()
 
 
-def check_backbone(backbone: nn.Module) -> None:
+def check_backbone(backbone: nn.Module, *, hooked: bool = False) -> None:
     """Raise if hooks cannot be installed on ``backbone`` as it is.
+
+    Args:
+        backbone: what a user gave.
+        hooked: whether it may carry the hooks of an injector already.
 
     Raises:
         BackboneError: no module, without parameters, on several devices, or on the meta device.
@@ -265,7 +273,7 @@ def check_backbone(backbone: nn.Module) -> None:
                 "first and compile the result: torch.compile(wrap(backbone))"
             )
         for hook in module._forward_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), PromptSite):
+            if not hooked and isinstance(getattr(hook, "__self__", None), PromptSite):
                 raise AlreadyWrappedError(
                     "the backbone is wrapped already; use the model that wraps it, its "
                     "add_adapter(), or unwrap() it first"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perceive_adapter.errors import BackboneError, ConfigError, ImageError, PerceptionError
+from perceive_adapter.errors import BackboneError, ImageError, PerceptionError
+from perceive_adapter.injection.adapters import AdapterSet
 from perceive_adapter.injection.checkpoint import push_adapter, save_adapter
 from perceive_adapter.injection.folding import folded_weights
 from perceive_adapter.injection.freezing import FrozenBackbone
@@ -62,16 +63,14 @@ class PerceiveModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.adapters = nn.ModuleDict()
+        self.adapters = AdapterSet(backbone, "default", injector)
         self.perceiver = perceiver
         self.perceiver_name = perceiver_name
         self.semantic = semantic
         self.image_arg = image_arg
         self.value_range = value_range or ValueRange()
         self._multiple: int | None = None
-        self._active = ""
         self._folded: Perception | None = None
-        self._attach("default", injector)
         self.frozen = FrozenBackbone(backbone)
         for tower in (perceiver, semantic):
             if tower is not None:
@@ -222,7 +221,7 @@ class PerceiveModel(nn.Module):
     @property
     def injector(self) -> PromptInjector:
         """The active adapter's prompt modules and hooks."""
-        return cast(PromptInjector, self.adapters[self._active])
+        return self.adapters.injector
 
     @property
     def sites(self) -> SitePlan:
@@ -241,7 +240,7 @@ class PerceiveModel(nn.Module):
         plan = self.sites
         return AdapterStatus(
             adapters=tuple(self.adapters),
-            active=self._active,
+            active=self.adapters.active,
             enabled=self.injector.enabled,
             levels=tuple(site.name for site in plan.of("level")),
             layers=tuple(site.name for site in plan.of("layer")),
@@ -291,14 +290,8 @@ class PerceiveModel(nn.Module):
             ConfigError: the name is taken or cannot be one.
             SiteError: its sites do not fit the backbone.
         """
-        if name in self.adapters or not name or "." in name:
-            raise ConfigError(
-                f"adapter name {name!r} is taken, empty or has a dot; the adapters are "
-                f"{', '.join(self.adapters)}"
-            )
-        self._attach(name, injector)
-        injector.requires_grad_(False)
-        injector.enabled = False
+        like = next(self.injector.parameters())
+        self.adapters.add(self.backbone, name, injector.to(like.device))
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the one that is used and trained.
@@ -306,13 +299,7 @@ class PerceiveModel(nn.Module):
         Raises:
             ConfigError: there is none of that name.
         """
-        self._known(name)
-        trainable = any(p.requires_grad for p in self.injector.parameters())
-        self.injector.requires_grad_(False)
-        self.injector.enabled = False
-        self._active = name
-        self.injector.requires_grad_(trainable)
-        self.injector.enabled = True
+        self.adapters.activate(name)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter that is not active.
@@ -320,11 +307,7 @@ class PerceiveModel(nn.Module):
         Raises:
             ConfigError: there is none of that name, or it is active.
         """
-        self._known(name)
-        if name == self._active:
-            raise ConfigError(f"adapter {name!r} is active; set_adapter() another one first")
-        cast(PromptInjector, self.adapters[name]).detach()
-        del self.adapters[name]
+        self.adapters.remove(name)
 
     def unwrap(self) -> nn.Module:
         """Give the backbone back with its weights, hooks and ``requires_grad`` as they were.
@@ -332,8 +315,7 @@ class PerceiveModel(nn.Module):
         The model cannot be run afterwards; values trained after :meth:`unfreeze` are in
         ``backbone.state_dict()`` until then.
         """
-        for injector in self.adapters.values():
-            cast(PromptInjector, injector).detach()
+        self.adapters.detach()
         return self.frozen.release()
 
     # On disk
@@ -358,19 +340,6 @@ class PerceiveModel(nn.Module):
         return push_adapter(self, repo_id, **options)
 
     # Helpers
-
-    def _attach(self, name: str, injector: PromptInjector) -> None:
-        injector.attach(self.backbone)
-        if self.adapters:
-            injector.lock = self.injector.lock
-        self.adapters[name] = injector
-        self._active = self._active or name
-
-    def _known(self, name: str) -> None:
-        if name not in self.adapters:
-            raise ConfigError(
-                f"there is no adapter {name!r}; the adapters are {', '.join(self.adapters)}"
-            )
 
     def _image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         position, name = self.image_arg

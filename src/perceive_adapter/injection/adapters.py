@@ -1,0 +1,92 @@
+"""Several adapters on one backbone, of which one is active."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from perceive_adapter.errors import ConfigError
+from perceive_adapter.injection.injector import PromptInjector
+
+__all__ = ["AdapterSet"]
+
+
+class AdapterSet(nn.ModuleDict):
+    """Injectors by name, all attached to one backbone; the active one works and trains.
+
+    Args:
+        backbone: what the injectors are attached to. It is not registered here.
+        name: of the first injector, which is active.
+        injector: the first injector.
+    """
+
+    def __init__(self, backbone: nn.Module, name: str, injector: PromptInjector) -> None:
+        super().__init__()
+        injector.attach(backbone)
+        self.active = name
+        self[name] = injector
+
+    @property
+    def injector(self) -> PromptInjector:
+        """The active injector."""
+        return self.named(self.active)
+
+    def named(self, name: str) -> PromptInjector:
+        """Return an injector.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        if name not in self:
+            raise ConfigError(f"there is no adapter {name!r}; the adapters are {', '.join(self)}")
+        return cast(PromptInjector, self[name])
+
+    def add(self, backbone: nn.Module, name: str, injector: PromptInjector) -> None:
+        """Attach another injector, frozen and inactive.
+
+        Raises:
+            ConfigError: the name is taken or cannot be one.
+            SiteError: its sites do not fit the backbone.
+        """
+        if name in self or not name or "." in name:
+            raise ConfigError(
+                f"adapter name {name!r} is taken, empty or has a dot; the adapters are "
+                f"{', '.join(self)}"
+            )
+        injector.attach(backbone, beside_others=True)
+        injector.lock = self.injector.lock  # all run the same backbone
+        injector.requires_grad_(False)
+        injector.enabled = False
+        self[name] = injector
+
+    def activate(self, name: str) -> None:
+        """Make an adapter the one that works, and trains if the one before did.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        new, old = self.named(name), self.injector
+        trains = any(parameter.requires_grad for parameter in old.parameters())
+        old.requires_grad_(False)
+        old.enabled = False
+        new.requires_grad_(trains)
+        new.enabled = True
+        self.active = name
+
+    def remove(self, name: str) -> None:
+        """Detach and forget an adapter that is not active.
+
+        Raises:
+            ConfigError: there is none of that name, or it is active.
+        """
+        injector = self.named(name)
+        if name == self.active:
+            raise ConfigError(f"adapter {name!r} is active; set_adapter() another one first")
+        injector.detach()
+        del self[name]
+
+    def detach(self) -> None:
+        """Take the hooks of all injectors off the backbone."""
+        for name in self:
+            self.named(name).detach()
