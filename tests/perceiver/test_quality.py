@@ -147,6 +147,13 @@ def test_views_are_averaged(perceiver: QualityPerceiver) -> None:
     torch.testing.assert_close(perceiver.embed(image), F.normalize(mean, dim=1))
 
 
+def test_narrow_image_is_not_distorted(perceiver: QualityPerceiver) -> None:
+    """Its crops are squares, so that a repeated square is perceived as one square."""
+    square = images(1, 3, 8, 8)
+    strip = square.repeat(1, 1, 1, 4)
+    torch.testing.assert_close(perceiver.embed(strip), perceiver.embed(square))
+
+
 def test_views_bound_the_work(perceiver: QualityPerceiver) -> None:
     seen = []
     perceiver.towers.visual.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
@@ -184,6 +191,14 @@ def test_text_is_encoded_once_while_frozen(perceiver: QualityPerceiver) -> None:
     assert text.count == 1
 
 
+def test_cached_text_has_full_precision(perceiver: QualityPerceiver) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        cached = perceiver.text_features()
+    expected = perceiver.towers.encode_prompts(perceiver.prompts())
+    assert perceiver.text_features() is cached
+    assert torch.equal(cached, expected)
+
+
 def replace_data(perceiver: QualityPerceiver) -> None:
     perceiver.prompts.context.data = perceiver.prompts.context.data + 1
 
@@ -199,10 +214,17 @@ def replace_parameter(perceiver: QualityPerceiver) -> None:
     perceiver.prompts.context = torch.nn.Parameter(context, requires_grad=False)
 
 
+def wrap_same_memory(perceiver: QualityPerceiver) -> None:
+    data = perceiver.prompts.context.data
+    data.add_(torch.eye(16)[0])  # counted by a version of its own
+    assert data._version == perceiver.prompts.context._version
+    perceiver.prompts.context = torch.nn.Parameter(data, requires_grad=False)
+
+
 @pytest.mark.parametrize(
     "change",
-    [lambda p: set_context(p, 1.0), replace_data, load_other, replace_parameter],
-    ids=["in place", "data", "state_dict", "parameter"],
+    [lambda p: set_context(p, 1.0), replace_data, load_other, replace_parameter, wrap_same_memory],
+    ids=["in place", "data", "state_dict", "parameter", "same memory"],
 )
 def test_changed_context_is_encoded_again(
     perceiver: QualityPerceiver, change: Callable[[QualityPerceiver], None]

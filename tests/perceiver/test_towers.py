@@ -31,9 +31,9 @@ def text_variant(**text_cfg: Any) -> dict[str, Any]:
         {**VIT, "quick_gelu": False},
         {**text_variant(proj_bias=True), "custom_text": True},
         {**text_variant(proj_type="none"), "embed_dim": 16},
-        text_variant(qk_norm=True),
+        text_variant(ls_init_value=0.5),
     ],
-    ids=["clip", "custom", "gelu", "biased", "unprojected", "normed"],
+    ids=["clip", "custom", "gelu", "biased", "unprojected", "scaled"],
 )
 def test_short_prompt_is_exact(architecture: dict[str, Any], sentence: str) -> None:
     torch.manual_seed(0)

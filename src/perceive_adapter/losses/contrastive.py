@@ -118,7 +118,7 @@ def _gather(vectors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
     all_labels = [torch.empty_like(labels) for _ in counts]
     dist.all_gather(all_labels, labels.contiguous())
-    all_vectors: Tensor = _AllGather.apply(vectors)  # type: ignore[no-untyped-call]
+    all_vectors: Tensor = _AllGather.apply(vectors)
     return all_vectors, torch.cat(all_labels)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,36 @@ __all__ = ["CONFIG_NAME", "TENSORS_NAME", "Loaded", "check_probe", "fingerprint"
 CONFIG_NAME = "perceiver_config.json"
 TENSORS_NAME = "perceiver_model.safetensors"
 _PROBE_COSINE = 0.999
+_CARD = """---
+library_name: perceive_adapter
+pipeline_tag: image-classification
+tags:
+- image-quality-assessment
+- image-restoration
+- clip
+---
+# Quality perceiver
+
+Tells the quality tier of an image: learnable prompts on a frozen CLIP, as in stage 1 of
+[Perceive-IR](https://arxiv.org/abs/2408.15994). Saved by perceive_adapter {version}.
+
+- CLIP: {clip}, with {weights}.
+- Prompts: {length} context vectors for each tier; they {state}.
+- Views: at most {views} crops of an image, at native resolution.
+- Score: tier index times tier probability, summed and scaled to [0, 1]; higher is better.
+
+| index | tier | word that its prompt started from |
+|---|---|---|
+{rows}
+
+```python
+from perceive_adapter import QualityPerceiver
+
+perceiver = QualityPerceiver.from_pretrained("path/to/this/folder")
+perceived = perceiver(image)  # (B, 3, H, W), RGB in [0, 1]
+perceived.score, perceived.tiers
+```
+"""
 
 
 class Loaded(NamedTuple):
@@ -186,7 +216,7 @@ def _check_dtypes(module: nn.Module) -> None:
 
 def _card(perceiver: "QualityPerceiver") -> str:
     config = perceiver.config
-    clip: Any = config.clip if isinstance(config.clip, str) else "a custom architecture"
+    clip = config.clip if isinstance(config.clip, str) else "a custom architecture"
     if config.pretrained is None:
         weights = "its own weights, which are in this repository"
     else:
@@ -196,33 +226,12 @@ def _card(perceiver: "QualityPerceiver") -> str:
         f"| {index} | {tier} | {word} |"
         for index, (tier, word) in enumerate(zip(config.tiers, config.words, strict=True))
     )
-    return f"""---
-library_name: perceive_adapter
-pipeline_tag: image-classification
-tags:
-- image-quality-assessment
-- image-restoration
-- clip
----
-# Quality perceiver
-
-Tells the quality tier of an image: learnable prompts on a frozen CLIP, as in stage 1 of
-[Perceive-IR](https://arxiv.org/abs/2408.15994). Saved by perceive_adapter {__version__}.
-
-- CLIP: {clip}, with {weights}.
-- Prompts: {config.context_length} context vectors for each tier; they {state}.
-- Views: at most {config.views} crops of an image, at native resolution.
-- Score: tier index times tier probability, summed and scaled to [0, 1]; higher is better.
-
-| index | tier | word that its prompt started from |
-|---|---|---|
-{rows}
-
-```python
-from perceive_adapter import QualityPerceiver
-
-perceiver = QualityPerceiver.from_pretrained("path/to/this/folder")
-perceived = perceiver(image)  # (B, 3, H, W), RGB in [0, 1]
-perceived.score, perceived.tiers
-```
-"""
+    return _CARD.format(
+        version=__version__,
+        clip=clip,
+        weights=weights,
+        length=config.context_length,
+        state=state,
+        views=config.views,
+        rows=rows,
+    )
