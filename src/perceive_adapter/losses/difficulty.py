@@ -174,13 +174,16 @@ class DifficultyAdaptiveLoss(nn.Module):
         return pull, torch.stack(push), scale
 
     def _reference_levels(self, references: list[Tensor]) -> Iterator[Sequence[Tensor]]:
-        """Yield the constant feature levels of each reference."""
-        batched = _in_one_pass(references[0].device)
-        for images in [torch.cat(references)] if batched else references:
-            with torch.no_grad():
-                levels = self.features(images)
-            count = len(images) // len(references[0])
-            yield from zip(*(level.chunk(count) for level in levels), strict=True)
+        """Iterate over the constant feature levels of each reference."""
+        if not _in_one_pass(references[0].device):
+            return map(self._constant_levels, references)
+        levels = self._constant_levels(torch.cat(references))
+        return zip(*[level.chunk(len(references)) for level in levels], strict=True)
+
+    def _constant_levels(self, images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            levels: list[Tensor] = self.features(images)
+        return levels
 
     def _push_weights(self, image: Tensor, references: list[Tensor], mask: Tensor) -> Tensor:
         """Return the weight (1 + n, B) of the degraded and each medium image."""
