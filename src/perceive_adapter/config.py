@@ -39,7 +39,8 @@ class AdapterConfig:
         attention_heads: heads of cross-attention.
         semantic: name of a timm image model whose class tokens tell what is in the image, or None.
         semantic_weights: weight file for ``semantic``; None takes timm's pretrained weights.
-        budget: most trainable parameters; None is 3 % of the backbone, at least 120 000.
+        budget: most trainable parameters; None is 3 % of the backbone, at least 120 000, and does
+            not bind where a rank is named.
 
     Raises:
         ConfigError: a field has a value that cannot work.

@@ -341,6 +341,17 @@ def test_psnr_is_measured_within_the_range():
     assert module._psnr(target * 0.9, target).tolist() == pytest.approx([100.0, 20.0])
 
 
+@pytest.mark.usefixtures("one_pass")
+def test_compiles_as_one_graph():
+    given = images(4)
+    given[0].requires_grad_()
+    loss = DifficultyAdaptiveLoss()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    values = [call(*given[:3], given[3:]) for call in (loss, compiled)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, given[0])[0] for value in values))
+
+
 def test_reference_survives_state_dict():
     loss = DifficultyAdaptiveLoss(Levels())
     assert set(loss.state_dict()) == {"reference_psnr"}

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Image", "Planes", "read_image"]
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 Image: TypeAlias = Union[str, "os.PathLike[str]", "PILImage.Image", "np.ndarray[Any, Any]", Tensor]
 
 
@@ -63,14 +65,14 @@ def read_image(image: Image) -> Planes:
 
 def _open(path: Path) -> PILImage.Image:
     from PIL import Image as PILImage
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
     try:
         with PILImage.open(path) as file:
             return ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise ImageError(f"there is no image file {str(path)!r}; check the path") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
         raise ImageError(f"{str(path)!r} cannot be read as an image: {error}") from error
 
 
@@ -96,7 +98,7 @@ def _from_array(image: np.ndarray[Any, Any]) -> Planes:
             f"an array has dtype {image.dtype}; expected uint8 in [0, 255] or floats in [0, 1]"
         )
     flat = image.ndim == 2
-    tensor = torch.from_numpy(np.ascontiguousarray(image))
+    tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     planes = _from_tensor(tensor if flat else tensor.permute(2, 0, 1))
 
     def pack(out: Tensor) -> np.ndarray[Any, Any]:
@@ -132,7 +134,7 @@ def _from_tensor(image: Tensor) -> Planes:
 def _check_values(image: Tensor) -> None:
     if image.dtype == torch.uint8:
         return
-    if not image.is_floating_point():
+    if image.dtype not in FLOATS:
         raise ImageError(
             f"an image has dtype {image.dtype}; expected uint8 in [0, 255] or floats in [0, 1]"
         )

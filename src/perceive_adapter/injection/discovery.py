@@ -265,7 +265,7 @@ def _fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> Sit
     ranks = [config.rank] if config.rank else range(config.max_rank, 0, -1)
     for rank in ranks:
         fitted = _with_rank(plan, config, rank)
-        if fitted.parameters <= budget or config.rank:
+        if fitted.parameters <= budget or (config.rank and not config.budget):
             return fitted
     while not keep_all and fitted.parameters > budget and fitted.of("layer"):
         dearest = max(fitted.of("layer"), key=lambda site: site.parameters)

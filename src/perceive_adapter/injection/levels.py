@@ -8,6 +8,7 @@ from itertools import groupby, pairwise
 from torch import nn
 
 from perceive_adapter.injection.layouts import Feature, Traces, level_feature
+from perceive_adapter.injection.probe import image_in
 from perceive_adapter.injection.prompts import is_dense
 
 __all__ = ["Stage", "choose_levels"]
@@ -43,12 +44,19 @@ def choose_levels(backbone: nn.Module, traces: Traces) -> list[tuple[Stage, str]
         if following.feature.stride < stage.feature.stride:
             bottom = stage.feature.stride == deepest
             chosen[stage.name] = (stage, "bottleneck" if bottom else "decoder level")
-    last = stages[-1]
+    last = stages[-2] if _gives_image(stages[-1], traces) and len(stages) > 1 else stages[-1]
     chosen.setdefault(last.name, (last, "last features"))
     if len(chosen) < FEW:
         for stage in _groups(stages):
             chosen.setdefault(stage.name, (stage, "group of an isotropic body"))
     return sorted(chosen.values(), key=lambda pair: pair[0].end)
+
+
+def _gives_image(stage: Stage, traces: Traces) -> bool:
+    """Tell whether a stage gives the restored image itself, however many channels that has."""
+    restored = image_in(traces.base.output, 1)
+    scale = traces.image_size[0] / restored.shape[-2]
+    return (stage.feature.channels, stage.feature.stride) == (restored.shape[1], scale)
 
 
 def _groups(stages: list[Stage]) -> list[Stage]:

@@ -70,11 +70,23 @@ class Example:
         return twice.with_image(torch.cat([image, second]))
 
     def resized(self, height: int, width: int) -> Example:
-        """Return the same call on an image of another size, cropped or tiled from this one."""
-        image = self.image
-        rows = -(-height // image.shape[-2])
-        columns = -(-width // image.shape[-1])
-        return self.with_image(image.repeat(1, 1, rows, columns)[..., :height, :width].clone())
+        """Return the same call on an image of another size, cropped or tiled from this one.
+
+        Every map of the image's size, such as a noise level per pixel, is resized with it.
+        """
+        size = self.image.shape[-2:]
+        rows, columns = -(-height // size[0]), -(-width // size[1])
+
+        def resize(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim == 4 and value.shape[-2:] == size:
+                return value.repeat(1, 1, rows, columns)[..., :height, :width].clone()
+            return value
+
+        return dataclasses.replace(
+            self,
+            args=tuple(map(resize, self.args)),
+            kwargs={key: resize(value) for key, value in self.kwargs.items()},
+        )
 
     def call(self, backbone: nn.Module) -> Any:
         """Run ``backbone`` on a copy of the tensors, since some networks write to their input."""

@@ -54,7 +54,7 @@ def verified(
                 f"a backward pass with prompts at {', '.join(lost[:5])} fails: {why}; "
                 "leave these sites out"
             ) from failure
-    blocked = tuple(site.name for site in usable if not gradients[site])
+    blocked = tuple(dict.fromkeys(site.name for site in usable if not gradients[site]))
     return plan.replace(sites=tuple(usable), blocked=blocked)
 
 
