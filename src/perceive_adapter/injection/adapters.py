@@ -49,7 +49,7 @@ class AdapterSet(nn.ModuleDict):
             ConfigError: the name is taken or cannot be one.
             SiteError: its sites do not fit the backbone.
         """
-        if name in self or not name or "." in name:
+        if not name or hasattr(self, name) or "." in name:
             raise ConfigError(
                 f"adapter name {name!r} is taken, empty or has a dot; the adapters are "
                 f"{', '.join(self)}"

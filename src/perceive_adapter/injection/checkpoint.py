@@ -20,7 +20,6 @@ from perceive_adapter.errors import (
     BackboneError,
     CheckpointError,
     ConfigError,
-    PerceiveError,
     SiteError,
 )
 from perceive_adapter.hub import load_folder, push_folder, resolve, save_folder
@@ -197,7 +196,7 @@ def _rebuild(record: AdapterRecord, tensors: Mapping[str, Tensor], where: str) -
     try:
         with torch.device("meta"):
             injector = PromptInjector(record.plan, record.config)
-    except (PerceiveError, RuntimeError, TypeError, ValueError, KeyError, OverflowError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{where}: {CONFIG_NAME} describes no adapter that can be built: {error}"
         ) from error
@@ -236,6 +235,9 @@ def _check_backbone(
     ]
     try:
         injector.check_fits(backbone)
+        count = sum(parameter.numel() for parameter in backbone.parameters())
+        if count != record.backbone.parameters:
+            raise SiteError(f"it has {count:,} parameters")
         if other:
             raise SiteError(f"it changes parameters that are not there: {', '.join(other[:5])}")
     except SiteError as error:

@@ -112,11 +112,11 @@ def dry_run(backbone: nn.Module, example: Any, image_arg: int | str) -> tuple[Ex
         try:
             return guess, _traced(backbone, guess)
         except BackboneError as error:
-            problem = error
+            problem = problem or error
     raise BackboneError(
         f"{type(backbone).__name__} runs on none of the guessed inputs (1, C, {PROBE_SIZE}, "
         f"{PROBE_SIZE}); give one that works as example=..., an image (1, C, H, W) or a tuple or "
-        f"mapping of all arguments. The last failure: {problem}"
+        f"mapping of all arguments. The first failure: {problem}"
     ) from problem
 
 

@@ -148,7 +148,7 @@ class PromptInjector(nn.Module):
         sites = self.plan.of(role)
         return nn.ModuleDict(
             {
-                site.name.replace(".", "/"): PromptSite(
+                f"/{site.name}".replace(".", "/"): PromptSite(
                     site, self.config, self.state, depth=i / len(sites)
                 )
                 for i, site in enumerate(sites)

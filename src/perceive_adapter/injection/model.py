@@ -75,7 +75,9 @@ class PerceiveModel(nn.Module):
         for tower in (perceiver, semantic):
             if tower is not None:
                 tower.requires_grad_(False).eval()
-        self.train(backbone.training)
+        self.training = backbone.training  # not train(), which would undo an eval() of its parts
+        self.adapters.train(backbone.training)
+        self.frozen.hold_statistics()
 
     # Running
 
@@ -361,7 +363,8 @@ class PerceiveModel(nn.Module):
 
     def _perception(self, perception: Perception | None, image: Tensor) -> Perception:
         if perception is None:
-            return self.perceive(image)
+            # A copy, since some networks write to their input, which backward would refuse.
+            return self.perceive(image.clone() if torch.is_grad_enabled() else image)
         if perception.batch not in (1, image.shape[0]):
             raise PerceptionError(
                 f"the perception is of {perception.batch} images and the batch has "

@@ -9,9 +9,12 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from perceive_adapter.errors import PerceptionError
+from perceive_adapter.errors import ConfigError, PerceptionError
 
 __all__ = ["Geometry", "Layout", "Site", "SitePlan"]
+
+MAX_SCALE = 32
+MAX_PROBE = 8192
 
 Role = Literal["level", "layer"]
 
@@ -28,11 +31,21 @@ class Layout:
         batch_axis: 0 or 1.
         channel_axis: 1 or -1.
         order: "major" or "minor".
+
+    Raises:
+        ConfigError: another axis.
     """
 
     batch_axis: int = 0
     channel_axis: int = 1
     order: Literal["major", "minor"] = "major"
+
+    def __post_init__(self) -> None:
+        if (self.batch_axis, self.channel_axis) not in ((0, 1), (0, -1), (1, -1)):
+            raise ConfigError(
+                f"batch_axis={self.batch_axis} with channel_axis={self.channel_axis}; expected "
+                "(0, 1), (0, -1) or (1, -1)"
+            )
 
     def spread(self, value: Tensor, features: Tensor) -> Tensor:
         """View per-image values (B, C) so that they broadcast over ``features``.
@@ -129,6 +142,9 @@ class SitePlan:
         encoder_parameters: parameters of the condition encoder that all sites share.
         blocked: sites of which no gradient came back in the dry run: a frozen zero scale of the
             backbone (an untrained NAFNet's beta and gamma) hides them from the output.
+
+    Raises:
+        ConfigError: a size or the scale cannot be.
     """
 
     sites: tuple[Site, ...]
@@ -138,6 +154,14 @@ class SitePlan:
     backbone_parameters: int
     encoder_parameters: int = 0
     blocked: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        sides = self.probe_size
+        if not (0 < self.scale <= MAX_SCALE and min(sides) > 0 and max(sides) <= MAX_PROBE):
+            raise ConfigError(
+                f"a plan has scale={self.scale} and probe_size={sides}; expected a scale up to "
+                f"{MAX_SCALE} and sides from 1 to {MAX_PROBE}"
+            )
 
     def of(self, role: Role) -> tuple[Site, ...]:
         """Return the sites of one role."""

@@ -1,0 +1,86 @@
+"""A batch of different perceptions gives every image what it would get by itself."""
+
+import pytest
+import torch
+from wrapping import KINDS, oracle, relative, wrapped
+from zoo import CASES, REAL
+
+from perceive_adapter import ImageError, Perception, PerceptionError
+
+ROUNDING = 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_each_image_is_steered_by_its_own_perception(case: str, kind: str) -> None:
+    zoo = CASES[case]
+    if kind in ("modulation", "cross_attention") and case == "writes_features":
+        pytest.skip("this network has layer sites only")
+    if case in REAL and kind != "all":
+        pytest.skip("'all' has the others in it")
+    model, image, seen = wrapped(zoo, config=KINDS[kind]), zoo.images(3), oracle(3)
+    with torch.no_grad():
+        together = _run(zoo, model, image, seen)
+        alone = [_run(zoo, model, image[i : i + 1], seen[i]) for i in range(3)]
+        swapped = _run(zoo, model, image, Perception.cat([seen[1], seen[2], seen[0]]))
+    assert relative(together, torch.cat(alone)) < ROUNDING
+    assert relative(swapped, together) > 10 * ROUNDING or case == "zero_scale"
+
+
+def _run(zoo, model, image, seen):
+    return zoo.read(zoo.call(lambda *a, **k: model(*a, perception=seen, **k), image.clone()))
+
+
+def test_one_perception_serves_a_whole_batch() -> None:
+    model, image, seen = wrapped("windows"), CASES["windows"].images(3), oracle(1)
+    expected = model(image, perception=Perception.cat([seen] * 3))
+    assert relative(model(image, perception=seen), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_perception_of_another_batch_is_refused(batch: int) -> None:
+    with pytest.raises(PerceptionError, match=f"of {batch} images and the batch has 3"):
+        wrapped("windows")(torch.rand(3, 3, 32, 32), perception=oracle(batch))
+
+
+def test_a_perception_of_another_width_is_refused() -> None:
+    with pytest.raises(PerceptionError, match="compact has width 5; this adapter expects width 64"):
+        wrapped("windows")(torch.rand(1, 3, 32, 32), perception=oracle(1, width=5))
+    with pytest.raises(PerceptionError, match="compact is missing"):
+        wrapped("windows")(
+            torch.rand(1, 3, 32, 32), perception=Perception(tiers=torch.rand(1, 3))
+        )
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (torch.rand(3, 32, 32), r"\(3, 32, 32\)"),
+        (torch.rand(1, 1, 32, 32), r"\(B, 3, H, W\)"),
+        (torch.ones(1, 3, 32, 32, dtype=torch.uint8), "uint8"),
+        (torch.rand(1, 3, 0, 32), "empty"),
+        (None, "None"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(image: object, said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        wrapped("u_shape")(image)
+
+
+def test_a_call_without_an_image_is_refused() -> None:
+    with pytest.raises(ImageError, match="no image"):
+        wrapped("keyword")(picture=torch.rand(1, 3, 32, 32))
+
+
+def test_perceptions_join_and_part() -> None:
+    both = oracle(2)
+    assert torch.equal(Perception.cat([both[0], both[1]]).compact, both.compact)
+    assert torch.equal(both[-1].compact, both.compact[1:])
+    with pytest.raises(PerceptionError, match="same fields"):
+        Perception.cat([both, Perception(tiers=torch.rand(1, 3))])
+    with pytest.raises(PerceptionError, match="disagree"):
+        Perception(compact=torch.rand(2, 4), tiers=torch.rand(1, 3))
+    with pytest.raises(PerceptionError, match="dimensions"):
+        Perception(semantic=torch.rand(2, 4))
+    with pytest.raises(PerceptionError, match="empty"):
+        _ = Perception().batch

@@ -1,0 +1,103 @@
+"""Each kind of prompt module against its formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from wrapping import moved
+
+from perceive_adapter import AdapterConfig, PerceptionError, plan_sites
+from perceive_adapter.injection.plan import Layout, Site
+from perceive_adapter.injection.prompts import build_prompt
+
+CONFIG = AdapterConfig(level="cross_attention", attention_dim=8, attention_heads=2, rank=2)
+
+
+def level(config: AdapterConfig = CONFIG, layout: Layout = Layout(), channels: int = 6) -> nn.Module:  # noqa: B008
+    torch.manual_seed(0)
+    prompt = build_prompt(Site("x", "level", channels, 1.0, layout), config)
+    moved(prompt, scale=0.3)
+    return prompt
+
+
+def test_modulation_scales_and_shifts_each_channel() -> None:
+    prompt = level(AdapterConfig())
+    features, condition = torch.rand(2, 6, 4, 5), torch.rand(2, 16)
+    gamma, beta = prompt.to_scale_shift(condition).chunk(2, dim=1)
+    expected = features * (1 + gamma[..., None, None]) + beta[..., None, None]
+    torch.testing.assert_close(prompt(features, condition, features), expected)
+
+
+def test_cross_attention_is_softmax_over_channels_of_normalised_queries_and_keys() -> None:
+    prompt = level()
+    features, condition = torch.rand(1, 6, 4, 5), torch.rand(1, 16)
+    guided = prompt.guide(features, condition, features)
+    query = prompt.to_query.weight @ guided.flatten(2)[0]
+    key, value = (prompt.to_key_value.weight @ features.flatten(2)[0]).chunk(2)
+    heads: list[Tensor] = []
+    for q, k, v, t in zip(*(x.chunk(2) for x in (query, key, value)), prompt.temperature):  # noqa: B905
+        weights = (F.normalize(q, dim=1) @ F.normalize(k, dim=1).T * t).softmax(dim=1)
+        heads.append(weights @ v)
+    expected = guided + (prompt.to_out.weight @ torch.cat(heads)).view(1, 6, 4, 5)
+    torch.testing.assert_close(prompt(features, condition, features), expected)
+
+
+@pytest.mark.parametrize("kind", ["modulation", "cross_attention"])
+def test_layouts_of_one_feature_map_agree(kind: str) -> None:
+    config = AdapterConfig(level=kind)
+    maps, condition = torch.rand(2, 6, 4, 5), torch.rand(2, 16)
+    expected = level(config)(maps, condition, maps)
+    nhwc = maps.permute(0, 2, 3, 1)
+    actual = level(config, Layout(0, -1))(nhwc, condition, nhwc)
+    torch.testing.assert_close(actual.permute(0, 3, 1, 2), expected)
+    tokens = nhwc.flatten(1, 2)
+    actual = level(config, Layout(0, -1))(tokens, condition, tokens)
+    torch.testing.assert_close(actual.transpose(1, 2).view(2, 6, 4, 5), expected)
+
+
+LAYERS = {
+    "plain": nn.Conv2d(4, 6, 3, padding=1),
+    "strided, dilated": nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2),
+    "reflecting": nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    "same": nn.Conv2d(4, 6, (3, 5), padding="same"),
+    "patches": nn.Conv2d(4, 6, 2, stride=2, bias=False),
+    "linear": nn.Sequential(nn.Conv2d(4, 7, 1), nn.Flatten(2), nn.Linear(256, 6)),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.back = layer, nn.LazyConv2d(3, 1)
+        self.resize = nn.Upsample((16, 16))
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.layer(torch.cat([image, image[:, :1]], dim=1))
+        return self.back(self.resize(features[..., None] if features.ndim == 3 else features))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_branch_is_the_weight_that_folding_makes(layer: str) -> None:
+    net = Net(LAYERS[layer])
+    net(torch.rand(1, 3, 16, 16))
+    pattern = "layer:layer.2" if layer == "linear" else "layer:layer"
+    (site,) = plan_sites(net, sites=pattern, example=torch.rand(1, 3, 16, 16), config=CONFIG)
+    module = net.get_submodule(site.name)
+    prompt = build_prompt(site, CONFIG)
+    moved(prompt, scale=0.3)
+    condition = torch.rand(1, 16)
+    source = torch.rand(1, 7, 256) if layer == "linear" else torch.rand(1, 4, 16, 16)
+    expected = prompt(module(source), condition, source)
+    folded = prompt.folded(module.weight, condition)
+    assert (folded - module.weight).abs().max() > 0.01
+    actual = torch.func.functional_call(module, {"weight": folded}, (source,))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_windows_go_to_their_images() -> None:
+    values, features = torch.tensor([[1.0], [2.0]]), torch.zeros(6, 5, 1)
+    major = Layout(0, -1, "major").spread(values, features).flatten().tolist()
+    minor = Layout(0, -1, "minor").spread(values, features).flatten().tolist()
+    assert (major, minor) == ([1, 1, 1, 2, 2, 2], [1, 2, 1, 2, 1, 2])
+    with pytest.raises(PerceptionError, match="of 4 images, and a site sees 6 rows"):
+        Layout(0, -1).spread(torch.rand(4, 1), features)
