@@ -2,22 +2,17 @@
 
 import pytest
 import torch
-from wrapping import KINDS, oracle, relative, wrapped
-from zoo import CASES, REAL
+from wrapping import KINDS, PAIRS, oracle, relative, wrapped
+from zoo import CASES
 
 from perceive_adapter import ImageError, Perception, PerceptionError
 
 ROUNDING = 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "kind"), PAIRS)
 def test_each_image_is_steered_by_its_own_perception(case: str, kind: str) -> None:
     zoo = CASES[case]
-    if kind in ("modulation", "cross_attention") and case == "writes_features":
-        pytest.skip("this network has layer sites only")
-    if case in REAL and kind != "all":
-        pytest.skip("'all' has the others in it")
     model, image, seen = wrapped(zoo, config=KINDS[kind]), zoo.images(3), oracle(3)
     with torch.no_grad():
         together = _run(zoo, model, image, seen)
@@ -47,9 +42,7 @@ def test_a_perception_of_another_width_is_refused() -> None:
     with pytest.raises(PerceptionError, match="compact has width 5; this adapter expects width 64"):
         wrapped("windows")(torch.rand(1, 3, 32, 32), perception=oracle(1, width=5))
     with pytest.raises(PerceptionError, match="compact is missing"):
-        wrapped("windows")(
-            torch.rand(1, 3, 32, 32), perception=Perception(tiers=torch.rand(1, 3))
-        )
+        wrapped("windows")(torch.rand(1, 3, 32, 32), perception=Perception(tiers=torch.rand(1, 3)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from perceive_adapter.injection.prompts import build_prompt
 CONFIG = AdapterConfig(level="cross_attention", attention_dim=8, attention_heads=2, rank=2)
 
 
-def level(config: AdapterConfig = CONFIG, layout: Layout = Layout(), channels: int = 6) -> nn.Module:  # noqa: B008
+MAPS = Layout()
+
+
+def level(config: AdapterConfig = CONFIG, layout: Layout = MAPS, channels: int = 6) -> nn.Module:
     torch.manual_seed(0)
     prompt = build_prompt(Site("x", "level", channels, 1.0, layout), config)
     moved(prompt, scale=0.3)
@@ -35,7 +38,9 @@ def test_cross_attention_is_softmax_over_channels_of_normalised_queries_and_keys
     query = prompt.to_query.weight @ guided.flatten(2)[0]
     key, value = (prompt.to_key_value.weight @ features.flatten(2)[0]).chunk(2)
     heads: list[Tensor] = []
-    for q, k, v, t in zip(*(x.chunk(2) for x in (query, key, value)), prompt.temperature):  # noqa: B905
+    for q, k, v, t in zip(
+        *(x.chunk(2) for x in (query, key, value)), prompt.temperature, strict=True
+    ):
         weights = (F.normalize(q, dim=1) @ F.normalize(k, dim=1).T * t).softmax(dim=1)
         heads.append(weights @ v)
     expected = guided + (prompt.to_out.weight @ torch.cat(heads)).view(1, 6, 4, 5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_long_isotropic_body_has_eight_evenly_spaced_groups() -> None:
     numbers = [int(name.removeprefix("body.")) for name in names(found, "level")]
     assert len(numbers) == 8
     assert numbers[-1] == 19
-    assert {b - a for a, b in zip(numbers, numbers[1:], strict=False)} <= {2, 3}
+    assert {b - a for a, b in pairwise(numbers)} <= {2, 3}
 
 
 def test_levels_tell_channels_stride_and_reason() -> None:
@@ -171,7 +172,7 @@ def test_a_noise_map_is_resized_with_the_image() -> None:
 
 def test_the_plan_prints_as_a_table() -> None:
     lines = str(plan("u_shape", sites=["middle", "dec1.a"])).splitlines()
-    assert lines[0].split() == [*"site role channels stride layout rank parameters why".split()]
+    assert lines[0].split() == "site role channels stride layout rank parameters why".split()  # noqa: SIM905
     assert lines[1].split()[:5] == ["middle", "level", "32", "4", "NCHW"]
     assert "1 level and 1 layer sites" in lines[-1]
 
@@ -295,7 +296,7 @@ def test_a_failed_wrap_leaves_no_trace(failure: str) -> None:
 
 
 def test_a_module_that_is_no_network_is_refused() -> None:
-    with pytest.raises(BackboneError, match="expected a torch.nn.Module"):
+    with pytest.raises(BackboneError, match=r"expected a torch\.nn\.Module"):
         wrap("restormer")
     with pytest.raises(BackboneError, match="meta"):
         wrap(zoo.UShape().to("meta"))

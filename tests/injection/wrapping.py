@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import CASES, Case
 
-from perceive_adapter import AdapterConfig, Perception, PerceiveModel, PromptInjector, wrap
+from perceive_adapter import AdapterConfig, PerceiveModel, Perception, PromptInjector, wrap
 
 KINDS = {
     "modulation": AdapterConfig(layer=None),
@@ -17,6 +17,9 @@ KINDS = {
     "low_rank": AdapterConfig(level=None),
     "all": AdapterConfig(level="cross_attention", rank=4),
 }
+# "all" has the other kinds in it, so they go apart only to networks that differ in their layouts.
+LAYOUTS = ("u_shape", "tokens", "nhwc", "windows", "sequence_first", "attention", "mixed", "shared")
+PAIRS = [(case, kind) for case in CASES for kind in KINDS if kind == "all" or case in LAYOUTS]
 
 
 def moved(module: nn.Module, seed: int = 0, scale: float = 0.05) -> None:
@@ -31,7 +34,9 @@ def moved(module: nn.Module, seed: int = 0, scale: float = 0.05) -> None:
 def wrapped(case: Case | str, *, trained: bool = True, seed: int = 0, **options: Any) -> Any:
     """Wrap a new network of the zoo; ``trained`` moves the adapter away from the identity."""
     case = CASES[case] if isinstance(case, str) else case
-    model = wrap(case.net(seed), **{**case.wrap, **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = wrap(case.net(seed), **{**case.wrap, **options})
     if trained:
         moved(model.injector)
     return model
@@ -62,7 +67,7 @@ def state(net: nn.Module) -> list[object]:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [
         [(name, id(t), t.requires_grad, t.grad is None, _bits(t)) for name, t in tensors],
-        [name for name in net.state_dict()],
+        list(net.state_dict()),
         [(name, m.training, sorted(vars(m))) for name, m in net.named_modules()],
         [[len(getattr(m, hook)) for hook in hooks] for m in net.modules()],
         _bits(torch.get_rng_state()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -23,55 +22,9 @@ from perceive_adapter.injection.condition import ConditionEncoder
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
 from perceive_adapter.injection.prompts import Foldable, build_prompt, is_dense
+from perceive_adapter.injection.state import ConditionState, Lock
 
 __all__ = ["PromptInjector", "check_backbone"]
-
-
-class ConditionState:
-    """What the hooks of one injector read. It outlives the forward pass.
-
-    Activation checkpointing runs the hooks again in the backward pass, so the condition stays;
-    ``armed`` says whether a forward pass that set it is under way, so that the backbone, called by
-    itself, never runs on a stale one.
-    """
-
-    def __init__(self) -> None:
-        self.enabled = True
-        self.armed = False
-        self.condition: Tensor | None = None
-
-    def current(self) -> Tensor:
-        """Return the condition (B, L, C)."""
-        if self.condition is None or not (self.armed or _in_backward()):
-            raise PerceptionError(
-                "the wrapped backbone was called by itself, without a fresh perception; call the "
-                "PerceiveModel, or use its disabled() context, or unwrap() it"
-            )
-        return self.condition
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A condition belongs to the graph of one forward pass: it is neither copied nor saved.
-        return {"enabled": self.enabled, "armed": False, "condition": None}
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-class Lock:
-    """A re-entrant lock that copies and pickles as a new, open one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        return Lock, ()
 
 
 class PromptSite(nn.Module):
@@ -229,8 +182,7 @@ class PromptInjector(nn.Module):
 
     def arm(self, condition: Tensor) -> None:
         """Set the condition (B, L, C) for the forward pass that follows."""
-        self.state.condition = condition
-        self.state.armed = True
+        self.state.arm(condition)
 
     def disarm(self) -> None:
         """End the forward pass; its backward pass still finds the condition."""

@@ -1,0 +1,143 @@
+"""A perception belongs to one forward pass: none is ever stale."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from wrapping import injector_like, oracle, relative, wrapped
+from zoo import CASES
+
+from perceive_adapter import (
+    AdapterConfig,
+    AlreadyWrappedError,
+    ConfigError,
+    Perception,
+    PerceptionError,
+    PromptInjector,
+    SiteError,
+    ValueRange,
+    plan_sites,
+)
+
+IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def _called(model: Any) -> None:
+    model(IMAGE)
+
+
+def _trained(model: Any) -> None:
+    model(IMAGE).mean().backward()
+
+
+def _failed(model: Any) -> None:
+    with pytest.raises(RuntimeError):
+        model(torch.rand(1, 3, 2, 2, requires_grad=True)[..., :0].sum() + IMAGE[..., :1, :1])
+
+
+def _folded(model: Any) -> None:
+    with model.fold(model.perceive(IMAGE)):
+        model(IMAGE)
+
+
+@pytest.mark.parametrize("before", [lambda model: None, _called, _trained, _failed, _folded])
+def test_the_backbone_by_itself_is_an_error(before: Any) -> None:
+    model = wrapped("u_shape")
+    before(model)
+    with pytest.raises(PerceptionError, match=r"disabled\(\)"):
+        model.backbone(IMAGE)
+
+
+def test_disabled_runs_the_bare_backbone() -> None:
+    model, net = wrapped("u_shape"), CASES["u_shape"].net()
+    expected = net(IMAGE)
+    with model.disabled():
+        assert torch.equal(model(IMAGE), expected)
+        assert torch.equal(model.backbone(IMAGE), expected)
+        with model.disabled():
+            pass
+        assert torch.equal(model(IMAGE), expected)
+    assert relative(model(IMAGE), expected) > 1e-3
+
+
+def test_an_exception_ends_disabled() -> None:
+    model, error = wrapped("isotropic"), RuntimeError("inside")
+    with pytest.raises(RuntimeError, match="inside"), model.disabled():
+        raise error
+    assert model.status().enabled
+
+
+# The injector by itself
+
+
+def test_an_injector_serves_users_own_models() -> None:
+    net = CASES["isotropic"].net()
+    injector = PromptInjector(plan_sites(net), AdapterConfig())
+    nn.init.ones_(injector.prompt_sites[0].prompt.to_scale_shift.bias)
+    expected = net(IMAGE)
+    injector.attach(net)
+    with pytest.raises(AlreadyWrappedError, match="detach"):
+        injector.attach(net)
+    with injector.conditioned(injector.perceive(IMAGE)):
+        assert relative(net(IMAGE), expected) > 1e-3
+    injector.enabled = False
+    assert torch.equal(net(IMAGE), expected)
+    injector.detach()
+    injector.enabled = True
+    assert torch.equal(net(IMAGE), expected)
+
+
+def test_an_injector_for_another_network_is_refused_before_any_hook() -> None:
+    injector = injector_like(wrapped("isotropic"))
+    for other in ("u_shape", "gray"):
+        net = CASES[other].net()
+        with pytest.raises(SiteError, match=r"is no module of this|the plan expects"):
+            injector.attach(net)
+        assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_other_sources_replace_the_compact_features() -> None:
+    config = AdapterConfig(sources={"degradations": 3, "severity": 3, "semantic": 5})
+    model = wrapped("isotropic", config=config)
+    assert model.injector.encoder.compact is None
+    with pytest.raises(PerceptionError):
+        model(IMAGE)
+    one = Perception(torch.rand(1, 0)[:, :0], None, *torch.rand(2, 1, 3), None, torch.rand(1, 4, 5))
+    expected = model(IMAGE, perception=one)
+    deep = Perception(None, None, one.degradations, one.severity, None, one.semantic.flip(1))
+    assert relative(model(IMAGE, perception=deep), expected) > 1e-5
+    assert torch.equal(model(IMAGE, perception=one), expected)
+
+
+def test_the_compact_features_are_the_image_in_unit_range() -> None:
+    unit = wrapped("isotropic").perceive(IMAGE).compact
+    scaled = wrapped("isotropic", value_range=(0, 255)).perceive(255 * IMAGE).compact
+    torch.testing.assert_close(scaled, unit, rtol=1e-4, atol=1e-5)
+    assert unit.requires_grad
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(1))
+    assert oracle(1).compact.shape == unit.shape
+
+
+# Value ranges
+
+
+@pytest.mark.parametrize(
+    ("given", "low", "high"),
+    [((0, 1), 0, 1), ((-1, 1), -1, 1), ((0, 255), 0, 255), (([0.5] * 3, [0.25] * 3), -2, 2)],
+)
+def test_value_ranges_map_to_unit_and_back(given: Any, low: float, high: float) -> None:
+    values = ValueRange.of(given)
+    ends = torch.tensor([low, high]).view(1, 1, 1, 2).expand(1, 3, 1, 2).float()
+    unit = values.to_unit(ends)
+    torch.testing.assert_close(unit, torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2))
+    torch.testing.assert_close(values.from_unit(unit), ends)
+    assert ValueRange.of(values) is values
+
+
+@pytest.mark.parametrize(
+    "given", [(1, 0), (0, 0), 3, "ab", (0,), ([0.5], []), ([], []), ([0.5], [0.0]), (0, "1"), None]
+)
+def test_value_ranges_that_are_none(given: object) -> None:
+    with pytest.raises(ConfigError, match="value_range="):
+        ValueRange.of(given)

@@ -1,0 +1,83 @@
+"""Several adapters on one backbone."""
+
+import pytest
+import torch
+from wrapping import injector_like, relative, state, wrapped
+from zoo import CASES
+
+from perceive_adapter import ConfigError, PerceiveModel, SiteError
+
+IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model() -> PerceiveModel:
+    model = wrapped("u_shape")
+    model.add_adapter("rain", injector_like(model, seed=5))
+    return model
+
+
+def test_an_added_adapter_waits(model: PerceiveModel) -> None:
+    assert model.status().adapters == ("default", "rain")
+    assert model.status().active == "default"
+    assert torch.equal(model(IMAGE), wrapped("u_shape")(IMAGE))
+    assert not any(p.requires_grad for p in model.adapters["rain"].parameters())
+
+
+def test_setting_an_adapter_switches_output_and_training(model: PerceiveModel) -> None:
+    first = model(IMAGE)
+    model.set_adapter("rain")
+    second = model(IMAGE)
+    assert relative(second, first) > 1e-3
+    assert {n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad} == {"rain"}
+    model.set_adapter("default")
+    assert torch.equal(model(IMAGE), first)
+    assert model.status().trainable == sum(p.numel() for p in model.injector.parameters())
+
+
+def test_a_deleted_adapter_leaves_no_hook(model: PerceiveModel) -> None:
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) for m in model.backbone.modules())
+
+    model.delete_adapter("rain")
+    assert hooks() == len(model.sites)
+    assert model.status().adapters == ("default",)
+
+
+def test_unwrapping_takes_all_off(model: PerceiveModel) -> None:
+    net = CASES["u_shape"].net()
+    assert [s[1:] for s in state(model.unwrap())[2]] == [s[1:] for s in state(net)[2]]
+    assert not any(m._forward_hooks for m in model.backbone.modules())
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "rain", "default", "active", "training", "update"])
+def test_names_that_cannot_be_are_refused(model: PerceiveModel, name: str) -> None:
+    with pytest.raises(ConfigError, match="taken, empty or has a dot"):
+        model.add_adapter(name, injector_like(model))
+    model.add_adapter("other", injector_like(model))
+
+
+def test_unknown_and_active_adapters_are_refused(model: PerceiveModel) -> None:
+    for act in (model.set_adapter, model.delete_adapter):
+        with pytest.raises(ConfigError, match="no adapter 'snow'; the adapters are default, rain"):
+            act("snow")
+    with pytest.raises(ConfigError, match="is active"):
+        model.delete_adapter("default")
+
+
+def test_an_adapter_for_another_network_is_refused(model: PerceiveModel) -> None:
+    before = state(model.backbone)
+    with pytest.raises(SiteError):
+        model.add_adapter("other", injector_like(wrapped("isotropic")))
+    assert state(model.backbone)[:4] == before[:4]
+    assert model.status().adapters == ("default", "rain")
+
+
+@pytest.mark.xfail(strict=True, reason="disabled() enables the adapter that was active at entry")
+def test_switching_inside_disabled_enables_the_new_adapter_alone(model: PerceiveModel) -> None:
+    with model.disabled():
+        model.set_adapter("rain")
+    switched = model(IMAGE)
+    model.set_adapter("default")
+    model.set_adapter("rain")
+    assert torch.equal(switched, model(IMAGE))
