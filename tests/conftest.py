@@ -5,6 +5,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+OTHERS_WARNINGS = (
+    "ignore:'saved_variables' is deprecated:DeprecationWarning",  # spandrel's NAFNet
+    "ignore:torch.meshgrid:UserWarning",  # spandrel's SwinIR
+    "ignore:`torch.jit:FutureWarning",
+    "ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for warning in OTHERS_WARNINGS:
+        config.addinivalue_line("filterwarnings", warning)
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from perceive_adapter.errors import CheckpointError, ConfigError
 
-__all__ = ["LAYER_KINDS", "LEVEL_KINDS", "AdapterConfig", "from_dict", "to_dict"]
+__all__ = ["LAYER_KINDS", "LEVEL_KINDS", "SOURCES", "AdapterConfig", "from_dict", "to_dict"]
 
 LEVEL_KINDS = ("modulation", "cross_attention")
 LAYER_KINDS = ("low_rank",)
@@ -71,6 +71,8 @@ class AdapterConfig:
         for name in ("rank", "budget"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
+        if self.compact_dim != 0 or isinstance(self.compact_dim, bool):
+            _positive("compact_dim", self.compact_dim)
         if self.level is None and self.layer is None:
             raise ConfigError(
                 "level=None and layer=None leave nothing to inject; name at least one kind"

@@ -145,7 +145,6 @@ def test_threads_take_turns(size: int) -> None:
         assert all(torch.equal(result, expected) for result in results)
 
 
-@pytest.mark.xfail(strict=True, reason="disabled() does not wait for other threads' passes")
 def test_disabling_in_one_thread_waits_for_passes_in_others() -> None:
     model, image = wrapped("isotropic"), torch.rand(1, 3, 16, 16)
     inside, leave = threading.Event(), threading.Event()

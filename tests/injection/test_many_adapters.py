@@ -73,7 +73,6 @@ def test_an_adapter_for_another_network_is_refused(model: PerceiveModel) -> None
     assert model.status().adapters == ("default", "rain")
 
 
-@pytest.mark.xfail(strict=True, reason="disabled() enables the adapter that was active at entry")
 def test_switching_inside_disabled_enables_the_new_adapter_alone(model: PerceiveModel) -> None:
     with model.disabled():
         model.set_adapter("rain")

@@ -99,7 +99,7 @@ def _from_array(image: np.ndarray[Any, Any]) -> Planes:
         )
     flat = image.ndim == 2
     tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-    planes = _from_tensor(tensor if flat else tensor.permute(2, 0, 1))
+    planes = _from_tensor(tensor if flat else tensor.permute(2, 0, 1).contiguous())
 
     def pack(out: Tensor) -> np.ndarray[Any, Any]:
         array: np.ndarray[Any, Any] = planes.pack(out).cpu().numpy()

@@ -67,11 +67,12 @@ class AdapterSet(nn.ModuleDict):
             ConfigError: there is none of that name.
         """
         new, old = self.named(name), self.injector
+        if new is old:
+            return
         trains = any(parameter.requires_grad for parameter in old.parameters())
         old.requires_grad_(False)
-        old.enabled = False
         new.requires_grad_(trains)
-        new.enabled = True
+        new.enabled, old.enabled = old.enabled, False
         self.active = name
 
     def remove(self, name: str) -> None:

@@ -78,6 +78,13 @@ class AdapterRecord:
     image_position: int | None
     image_name: str | None
 
+    def __post_init__(self) -> None:
+        if (self.image_position or 0) < 0 or (self.image_position, self.image_name) == (None, None):
+            raise ConfigError(
+                f"the image argument has position {self.image_position} and name "
+                f"{self.image_name!r}; expected a position from 0, or a name"
+            )
+
 
 @dataclass(frozen=True)
 class AdapterFile:

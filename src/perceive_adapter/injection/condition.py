@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from perceive_adapter.config import AdapterConfig
+from perceive_adapter.config import SOURCES, AdapterConfig
 from perceive_adapter.errors import ConfigError, PerceptionError
 from perceive_adapter.injection.compact import CompactFeatures
 from perceive_adapter.injection.perception import Perception
@@ -38,7 +38,8 @@ class ConditionEncoder(nn.Module):
                 "nothing steers the prompts: compact_dim=0 and no sources; name a source, "
                 "give a perceiver, or leave compact_dim as it is"
             )
-        self.sources = dict(sources)
+        # In one order, whatever the mapping's: JSON does not keep it.
+        self.sources = {name: sources[name] for name in SOURCES if name in sources}
         self.compact = (
             CompactFeatures(image_channels, self.sources["compact"])
             if "compact" in self.sources

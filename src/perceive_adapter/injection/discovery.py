@@ -18,7 +18,7 @@ from perceive_adapter.injection.layouts import Traces, layer_layout, level_featu
 from perceive_adapter.injection.levels import choose_levels
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
 from perceive_adapter.injection.probe import Example, Trace, check_image, image_in, quiet, trace
-from perceive_adapter.injection.prompts import build_prompt, is_dense
+from perceive_adapter.injection.prompts import build_prompt, is_dense, weight_shape
 from perceive_adapter.injection.verify import verified
 
 __all__ = ["plan_sites"]
@@ -203,8 +203,8 @@ def _layer_site(
     if isinstance(layout, str):
         return layout
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return "it has no weight tensor"
+    if not isinstance(weight, Tensor) or weight.shape != weight_shape(module):
+        return "it has no weight tensor of its channels and kernel"
     feature = level_feature(name, traces)
     stride = None if isinstance(feature, str) else feature.stride
     return Site(

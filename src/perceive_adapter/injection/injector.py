@@ -21,7 +21,7 @@ from perceive_adapter.errors import (
 from perceive_adapter.injection.condition import ConditionEncoder
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
-from perceive_adapter.injection.prompts import Foldable, build_prompt, is_dense
+from perceive_adapter.injection.prompts import Foldable, build_prompt, is_dense, weight_shape
 from perceive_adapter.injection.state import ConditionState, Lock
 
 __all__ = ["PromptInjector", "check_backbone"]
@@ -243,8 +243,7 @@ def _check_site(site: Site, module: nn.Module | None, backbone: str) -> None:
         raise SiteError(f"site {site.name!r} is no module of this {backbone}")
     if site.role == "level":
         return
-    weight = getattr(module, "weight", None)
-    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    shape = weight_shape(module)
     geometry = Geometry.of(module) if isinstance(module, nn.Conv2d) else None
     if not is_dense(module) or shape != site.weight_shape or geometry != site.geometry:
         raise SiteError(

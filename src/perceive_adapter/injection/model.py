@@ -97,12 +97,12 @@ class PerceiveModel(nn.Module):
         injector = self.injector
         if not injector.attached:
             raise BackboneError("this model was unwrapped; wrap the backbone again")
-        if not injector.enabled:
-            return self.backbone(*args, **kwargs)
-        image = self._image(args, kwargs)
-        if torch.compiler.is_compiling():
-            return self._run_traced(image, perception, args, kwargs)
+        if torch.compiler.is_compiling():  # no locks there
+            return self._run_traced(perception, args, kwargs)
         with injector.lock:
+            if not injector.enabled:
+                return self.backbone(*args, **kwargs)
+            image = self._image(args, kwargs)
             if self._folded is not None:
                 if perception is not None and perception is not self._folded:
                     raise PerceptionError(
@@ -117,14 +117,13 @@ class PerceiveModel(nn.Module):
                 return self.backbone(*args, **kwargs)
 
     def _run_traced(
-        self,
-        image: Tensor,
-        perception: Perception | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, perception: Perception | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run under torch.compile or torch.export, where there are no locks and no folding."""
+        """Run under torch.compile or torch.export, which do not fold by themselves."""
         injector = self.injector
+        if not injector.enabled or self._folded is not None:
+            return self.backbone(*args, **kwargs)
+        image = self._image(args, kwargs)
         injector.arm(injector.encoder(self._perception(perception, image)))
         output = self.backbone(*args, **kwargs)
         injector.disarm()
@@ -210,13 +209,13 @@ class PerceiveModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the bare backbone inside the context."""
-        injector = self.injector
-        before, injector.enabled = injector.enabled, False
-        try:
-            yield
-        finally:
-            injector.enabled = before
+        """Run the bare backbone inside the context. Other threads wait."""
+        with self.injector.lock:
+            before, self.injector.enabled = self.injector.enabled, False
+            try:
+                yield
+            finally:
+                self.injector.enabled = before  # of the adapter that is active by now
 
     # State
 

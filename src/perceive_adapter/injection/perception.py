@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,6 +97,9 @@ class ValueRange:
     ``backbone = (unit - mean) / std`` per channel, so ``ValueRange.of((-1, 1))`` has mean 0.5 and
     std 0.5, and an ImageNet-normalised backbone has ImageNet's mean and std.
 
+    Raises:
+        ConfigError: mean and std are of different lengths or empty, or a std is not positive.
+
     Example:
         >>> ValueRange.of((0, 255)).to_unit(torch.tensor([[[[51.0]]]])).item()
         0.2...
@@ -103,6 +107,15 @@ class ValueRange:
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        values = (*self.mean, *self.std)
+        fits = len(self.mean) == len(self.std) > 0 and all(map(math.isfinite, values))
+        if not fits or min(self.std) <= 0:
+            raise ConfigError(
+                f"value_range=({self.mean}, {self.std}); expected as many finite means as positive "
+                "stds, one for each channel or one for all"
+            )
 
     @classmethod
     def of(cls, value: object) -> ValueRange:
@@ -121,8 +134,6 @@ class ValueRange:
             raise problem
         first, second = value
         if isinstance(first, Sequence) and isinstance(second, Sequence):
-            if not first or len(first) != len(second) or min(second) <= 0:
-                raise problem
             return cls(tuple(map(float, first)), tuple(map(float, second)))
         if not all(isinstance(end, (int, float)) for end in value) or not first < second:
             raise problem

@@ -30,6 +30,7 @@ __all__ = [
     "Modulation",
     "build_prompt",
     "is_dense",
+    "weight_shape",
 ]
 
 
@@ -168,8 +169,18 @@ def build_prompt(site: Site, config: AdapterConfig) -> nn.Module:
 def is_dense(module: nn.Module) -> bool:
     """Tell whether a low-rank branch can run beside ``module``."""
     if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and module.weight.ndim == 4
+        return module.groups == 1
     return isinstance(module, nn.Linear)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a dense layer's weight, empty for others, without computing the weight.
+
+    Reading ``weight`` runs parametrizations, and a spectral norm counts that as a training step.
+    """
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else ()
 
 
 def _zeroed(layer: M) -> M:

@@ -30,10 +30,11 @@ def restore_image(
     model: PerceiveModel, image: Image, *, tile: int | None, overlap: int, batch_size: int
 ) -> Any:
     """See :meth:`PerceiveModel.restore`."""
-    if overlap < 0 or batch_size < 1 or (tile is not None and tile <= 2 * overlap):
+    integers = all(type(n) is int for n in (overlap, batch_size, 0 if tile is None else tile))
+    if not integers or overlap < 0 or batch_size < 1 or (tile is not None and tile <= 2 * overlap):
         raise ConfigError(
-            f"tile={tile}, overlap={overlap}, batch_size={batch_size}; expected a tile larger "
-            "than twice the overlap, overlap >= 0 and batch_size >= 1"
+            f"tile={tile}, overlap={overlap}, batch_size={batch_size}; expected integers, "
+            "a tile larger than twice the overlap, overlap >= 0 and batch_size >= 1"
         )
     planes = read_image(image)
     color, channels = planes.color, model.sites.image_channels
@@ -94,7 +95,8 @@ def _run_tiles(model: PerceiveModel, image: Tensor, grid: Grid, batch_size: int)
 
     scale = model.sites.scale
     height, width = (round(side * scale) for side in grid.size)
-    total = torch.zeros(1, image.shape[1], height, width, device=image.device)
+    dtype = torch.promote_types(next(model.backbone.parameters()).dtype, torch.float32)
+    total = torch.zeros(1, image.shape[1], height, width, device=image.device, dtype=dtype)
     progress = tqdm(
         total=len(grid), desc="restore", unit="tile", delay=PROGRESS_AFTER_SECONDS, disable=None
     )

@@ -70,6 +70,11 @@ class SemanticGuidance(nn.Module):
 def _load(model: str, weights: str | None) -> Any:
     import timm
 
+    if weights is not None and not weights.endswith(".safetensors"):
+        raise ConfigError(
+            f"semantic_weights={weights!r}; expected a .safetensors file, other formats are "
+            "unpickled"
+        )
     if not timm.is_model(model):
         near = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:5])
         raise ConfigError(f"semantic={model!r} is no model of timm; it has {near or 'others'}")

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, Union
 from torch import nn
 
 from perceive_adapter.config import AdapterConfig
-from perceive_adapter.errors import AdapterMismatchError, ConfigError
+from perceive_adapter.errors import AdapterMismatchError, CheckpointError, ConfigError
 from perceive_adapter.injection.checkpoint import agree, load_unfrozen, read_adapter
 from perceive_adapter.injection.discovery import plan_sites
 from perceive_adapter.injection.injector import PromptInjector, check_backbone
@@ -127,7 +127,7 @@ def _load(
         is_trainable,
         perceiver=found,
         perceiver_name=name,
-        semantic=_build_semantic(record.config),
+        semantic=_saved_semantic(record.config, pretrained),
         image_arg=agree(
             "image_arg",
             image_arg,
@@ -175,6 +175,15 @@ def _build_semantic(config: AdapterConfig) -> SemanticGuidance | None:
     if config.semantic is None:
         return None
     return SemanticGuidance(config.semantic, config.semantic_weights)
+
+
+def _saved_semantic(
+    config: AdapterConfig, pretrained: str | os.PathLike[str]
+) -> SemanticGuidance | None:
+    try:
+        return _build_semantic(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{pretrained}: {error}") from error
 
 
 def _with_sources(

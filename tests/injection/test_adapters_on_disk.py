@@ -1,0 +1,363 @@
+"""Adapters saved and loaded: exact, small, strict, and safe to read from strangers."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from wrapping import KINDS, relative, wrapped
+from zoo import CASES
+
+from perceive_adapter import (
+    AdapterConfig,
+    AdapterMismatchError,
+    CheckpointError,
+    ConfigError,
+    PerceiveError,
+    QualityPerceiver,
+    UntrainedPerceiverWarning,
+    wrap,
+)
+
+IMAGE = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    wrapped("isotropic").save_pretrained(folder)
+    return folder
+
+
+def net(seed: int = 0) -> nn.Module:
+    return CASES["isotropic"].net(seed)
+
+
+def edited(saved: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Copy a saved adapter and change its config."""
+    config = json.loads((saved / CONFIG).read_text())
+    change(config)
+    (folder / CONFIG).write_text(json.dumps(config))
+    (folder / TENSORS).write_bytes((saved / TENSORS).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["u_shape", "windows_alternating", "tokens"])
+def test_a_loaded_adapter_gives_the_same_output(case: str, kind: str, tmp_path: Path) -> None:
+    model = wrapped(case, config=KINDS[kind])
+    model.save_pretrained(tmp_path)
+    loaded = wrap(CASES[case].net(), str(tmp_path), is_trainable=True)
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    assert loaded.sites == model.sites
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
+    frozen = wrap(CASES[case].net(), tmp_path)
+    assert not list(frozen.trainable_parameters())
+    assert relative(frozen(IMAGE), model(IMAGE)) < 1e-6  # torch rounds frozen matrices differently
+
+
+def test_the_folder_is_small_and_holds_a_card(saved: Path) -> None:
+    assert {file.name for file in saved.iterdir()} == {CONFIG, TENSORS, "README.md"}
+    trainable = wrapped("isotropic").status().trainable
+    assert (saved / TENSORS).stat().st_size < 4 * trainable + 20_000
+    card = (saved / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: perceive_adapter")
+    assert "body.3" in card
+
+
+def test_a_fresh_process_gives_the_same_output(saved: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from zoo import CASES
+from perceive_adapter import wrap
+image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+torch.save(wrap(CASES["isotropic"].net(), sys.argv[1])(image), sys.argv[2])
+"""
+    output = tmp_path / "output.pt"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code, str(saved), str(output)], check=True, env=env)
+    assert torch.equal(torch.load(output), wrap(net(), saved)(IMAGE))
+
+
+def test_unfrozen_weights_are_saved_loaded_and_taken_back(tmp_path: Path) -> None:
+    model = wrapped("isotropic")
+    model.unfreeze("tail.*")
+    with torch.no_grad():
+        model.backbone.tail.weight += 0.1
+    model.save_pretrained(tmp_path)
+    fresh = net()
+    original = fresh.tail.weight.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the fingerprint is of the weights before training
+        loaded = wrap(fresh, tmp_path)
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    assert loaded.status().unfrozen == ()
+    assert wrap(net(), tmp_path, is_trainable=True).status().unfrozen == (
+        "tail.weight",
+        "tail.bias",
+    )
+    assert torch.equal(loaded.unwrap().tail.weight, original)
+
+
+def test_range_and_image_argument_are_kept(tmp_path: Path) -> None:
+    case = CASES["keyword"]
+    model = wrapped(case, value_range=(-1, 1))
+    model.save_pretrained(tmp_path)
+    loaded = wrap(case.net(), tmp_path)
+    assert torch.equal(loaded(image=IMAGE), model(image=IMAGE))
+    assert loaded.value_range == model.value_range
+    assert torch.equal(loaded.restore(IMAGE), model.restore(IMAGE))
+    wrap(case.net(), tmp_path, value_range=(-1, 1), image_arg="image")
+    with pytest.raises(ConfigError, match="value_range="):
+        wrap(case.net(), tmp_path, value_range=(0, 255))
+
+
+def test_saving_again_replaces(saved: Path, tmp_path: Path) -> None:
+    wrapped("u_shape").save_pretrained(tmp_path)
+    model = wrapped("isotropic", config=AdapterConfig(rank=1))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(wrap(net(), tmp_path)(IMAGE), model(IMAGE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_adapters(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = wrapped("isotropic").to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded = wrap(net().to(dtype), tmp_path)
+    assert torch.equal(loaded(IMAGE.to(dtype)), model(IMAGE.to(dtype)))
+
+
+# Other backbones
+
+
+@pytest.mark.parametrize("kind", ["modulation", "low_rank", "all"])
+@pytest.mark.parametrize(
+    ("made_for", "given"),
+    [("restormer", "nafnet"), ("isotropic", "u_shape"), ("isotropic", "gray"), ("mixed", "tuple")],
+)
+def test_another_network_is_refused(made_for: str, given: str, kind: str, tmp_path: Path) -> None:
+    model = wrapped(made_for, config=KINDS[kind])
+    model.save_pretrained(tmp_path)
+    other = CASES[given].net()
+    before = [id(p) for p in other.parameters()]
+    with pytest.raises(AdapterMismatchError, match=type(model.backbone).__name__):
+        wrap(other, tmp_path)
+    assert [id(p) for p in other.parameters()] == before
+    assert not any(module._forward_hooks for module in other.modules())
+    assert all(p.requires_grad for p in other.parameters())
+
+
+def test_other_weights_warn(saved: Path) -> None:
+    with pytest.warns(UserWarning, match="other weights"):
+        wrap(net(seed=1), saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(net(), saved)
+
+
+# Damage
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / TENSORS
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _flip(folder: Path) -> None:
+    data = bytearray((folder / TENSORS).read_bytes())
+    data[-1] ^= 1
+    (folder / TENSORS).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_truncate, "truncated or changed"),
+        (_flip, "truncated or changed"),
+        (lambda folder: (folder / TENSORS).unlink(), "is missing"),
+        (lambda folder: (folder / CONFIG).unlink(), "is missing"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "is not JSON"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), "expected an object"),
+    ],
+)
+def test_damage_is_told(damage: Callable[[Path], Any], said: str, saved: Path, tmp_path: Path):
+    damage(edited(saved, tmp_path, lambda config: None))
+    with pytest.raises(CheckpointError, match=said):
+        wrap(net(), tmp_path)
+
+
+def test_paths_that_are_no_adapter_are_refused(saved: Path, tmp_path: Path) -> None:
+    for path in (saved / CONFIG, tmp_path, tmp_path / "nowhere", "no-such-folder", ""):
+        with pytest.raises(CheckpointError):
+            wrap(net(), path)
+    with pytest.raises(CheckpointError, match="is a file"):
+        wrapped("isotropic").save_pretrained(saved / CONFIG)
+
+
+# Configs from strangers
+
+HUGE = 10**9
+HOSTILE: list[tuple[str, Any]] = [
+    ("format_version", 2),
+    ("format_version", "1"),
+    ("format_version", None),
+    ("config", None),
+    ("config.rank", -1),
+    ("config.rank", "4"),
+    ("config.rank", True),
+    ("config.level", "evil"),
+    ("config.level", None),
+    ("config.condition_dim", HUGE),
+    ("config.condition_dim", 10**18),
+    ("config.sources", {"evil": 3}),
+    ("config.sources", {"compact": HUGE}),
+    ("config.sources", []),
+    ("plan.sites", "sites"),
+    ("plan.sites", []),
+    ("plan.sites.0.name", ""),
+    ("plan.sites.0.name", "body"),
+    ("plan.sites.0.role", "layer"),
+    ("plan.sites.0.role", "evil"),
+    ("plan.sites.0.channels", HUGE),
+    ("plan.sites.0.channels", -1),
+    ("plan.sites.0.layout.batch_axis", 7),
+    ("plan.sites.0.layout.channel_axis", 0),
+    ("plan.sites.0.layout.order", "evil"),
+    ("plan.sites.5.rank", HUGE),
+    ("plan.sites.5.rank", 0),
+    ("plan.sites.5.weight_shape", [HUGE, HUGE, 3, 3]),
+    ("plan.sites.5.weight_shape", [8, 8, 3]),
+    ("plan.sites.5.weight_shape", [8]),
+    ("plan.sites.5.geometry", None),
+    ("plan.sites.5.geometry.stride", [0, 0]),
+    ("plan.sites.5.geometry.padding_mode", "evil"),
+    ("plan.image_channels", 0),
+    ("plan.image_channels", 10**12),
+    ("plan.scale", 1e300),
+    ("plan.scale", 1e4),
+    ("plan.scale", -1.0),
+    ("plan.probe_size", [10**6, 10**6]),
+    ("plan.probe_size", [0, 0]),
+    ("backbone", None),
+    ("backbone.parameters", 3),
+    ("perceiver", {"fingerprint": "0" * 64, "name": None}),
+    ("perceiver", {"fingerprint": "0" * 64, "name": "/nowhere"}),
+    ("value_range.std", [0.0]),
+    ("value_range.std", [-1.0]),
+    ("value_range.std", []),
+    ("value_range.std", [1.0, 2.0]),
+    ("image_position", -1),
+    ("config.semantic", "evil"),
+]
+
+
+@pytest.mark.parametrize(("where", "value"), HOSTILE)
+def test_hostile_values_are_refused(where: str, value: Any, saved: Path, tmp_path: Path) -> None:
+    *path, last = where.split(".")
+
+    def change(config: Any) -> None:
+        for key in path:
+            config = config[int(key) if key.isdigit() else key]
+        config[last] = value
+
+    with pytest.raises(CheckpointError):
+        wrap(net(), edited(saved, tmp_path, change))
+
+
+def test_a_newer_format_names_the_remedy(saved: Path, tmp_path: Path) -> None:
+    folder = edited(saved, tmp_path, lambda config: config.update(format_version=2))
+    with pytest.raises(CheckpointError, match="upgrade perceive_adapter"):
+        wrap(net(), folder)
+
+
+@pytest.mark.parametrize("part", ["", "config", "plan"])
+def test_unknown_keys_warn_and_load(part: str, saved: Path, tmp_path: Path) -> None:
+    def change(config: Any) -> None:
+        (config[part] if part else config)["from_the_future"] = 1
+
+    with pytest.warns(UserWarning, match="unknown keys from_the_future"):
+        loaded = wrap(net(), edited(saved, tmp_path, change))
+    assert torch.equal(loaded(IMAGE), wrap(net(), saved)(IMAGE))
+
+
+def test_a_missing_key_is_refused(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="plan"):
+        wrap(net(), edited(saved, tmp_path, lambda config: config.pop("plan")))
+
+
+# With a perceiver
+
+CLIP: dict[str, Any] = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+}
+
+
+def perceiver(seed: int = 0) -> QualityPerceiver:
+    made = QualityPerceiver.create(CLIP, pretrained=None, context_length=4, seed=seed)
+    with torch.no_grad():
+        made.prompts.context += 0.1
+    return made
+
+
+def test_a_perceiver_steers_and_is_frozen() -> None:
+    model = wrapped("isotropic", perceiver=perceiver())
+    seen = model.perceive(IMAGE)
+    assert {n for n, v in seen.known().items() if v.numel()} == {"compact", "tiers", "embedding"}
+    assert not seen.tiers.requires_grad
+    assert not any(p.requires_grad for p in model.perceiver.parameters())
+    assert not model.train().perceiver.training
+    sources = {"compact": 64, "tiers": 3, "embedding": 24}
+    assert model.injector.encoder.sources == sources
+    unsteered = wrapped("isotropic", perceiver=False)
+    assert unsteered.perceiver is None
+
+
+def test_a_perceiver_on_a_gray_backbone() -> None:
+    model = wrapped("gray", perceiver=perceiver())
+    assert model(CASES["gray"].images()).isfinite().all()
+
+
+def test_a_perceiver_named_by_its_folder_comes_back(tmp_path: Path) -> None:
+    perceiver().save_pretrained(tmp_path / "perceiver")
+    model = wrapped("isotropic", perceiver=tmp_path / "perceiver")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = wrap(net(), tmp_path / "adapter")
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    tensors = (tmp_path / "adapter" / TENSORS).read_bytes()
+    assert b"towers" not in tensors
+
+
+def test_a_perceiver_given_as_an_object_has_to_be_given_again(tmp_path: Path) -> None:
+    model = wrapped("isotropic", perceiver=perceiver())
+    model.save_pretrained(tmp_path)
+    loaded = wrap(net(), tmp_path, perceiver=perceiver())
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    for wrong in (None, False, perceiver(seed=1)):
+        with pytest.raises(AdapterMismatchError, match="fingerprint"):
+            wrap(net(), tmp_path, perceiver=wrong)
+    untouched = net()
+    with pytest.raises(PerceiveError):
+        wrap(untouched, tmp_path)
+    assert not any(module._forward_hooks for module in untouched.modules())
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_untrained_perceiver_warns_and_works() -> None:
+    untrained = QualityPerceiver.create(CLIP, pretrained=None, context_length=4)
+    model = wrap(net(), perceiver=untrained)
+    with pytest.warns(UntrainedPerceiverWarning):
+        restored = model(IMAGE)
+    assert relative(restored, net()(IMAGE)) == 0

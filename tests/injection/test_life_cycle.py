@@ -1,0 +1,191 @@
+"""A wrapped network is a module like others: copied, moved, compiled, exported, unwrapped."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from wrapping import moved, oracle, relative, state, wrapped
+from zoo import CASES
+
+from perceive_adapter import BackboneError, PerceiveModel, SiteError, wrap
+
+IMAGE = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def _pickled(model: PerceiveModel) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+@pytest.mark.parametrize("case", ["u_shape", "windows", "mixed"])
+def test_copies_are_equal_and_independent(case: str, duplicate: Any) -> None:
+    model = wrapped(case)
+    model(IMAGE).mean().backward()
+    twin = duplicate(model)
+    expected = model(IMAGE)
+    assert torch.equal(twin(IMAGE), expected)
+    moved(twin.injector, seed=7)
+    assert not torch.equal(twin(IMAGE), expected)
+    assert torch.equal(model(IMAGE), expected)
+    net = twin.unwrap()
+    assert net is twin.backbone
+    assert not any(module._forward_hooks for module in net.modules())
+    assert torch.equal(model(IMAGE), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_precision_of_the_whole_model_changes(dtype: torch.dtype) -> None:
+    model = wrapped("u_shape")
+    expected = model(IMAGE)
+    model.to(dtype)
+    tolerance = {torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
+    actual = model(IMAGE.to(dtype))
+    assert actual.dtype == dtype
+    assert relative(actual.to(expected), expected) < tolerance
+    with model.fold(model.perceive(IMAGE[:1].to(dtype))):
+        assert model(IMAGE.to(dtype)).dtype == dtype
+
+
+def test_channels_last_gives_the_same() -> None:
+    model = wrapped("u_shape")
+    expected = model(IMAGE)
+    model.to(memory_format=torch.channels_last)
+    assert relative(model(IMAGE.to(memory_format=torch.channels_last)), expected) < 1e-5
+
+
+def test_the_state_dict_restores_a_model() -> None:
+    model, other = wrapped("u_shape"), wrapped("u_shape", seed=3)
+    assert not torch.equal(other(IMAGE), model(IMAGE))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(IMAGE), model(IMAGE))
+    net = {n.removeprefix("backbone.") for n in model.state_dict() if n.startswith("backbone.")}
+    assert net == set(CASES["u_shape"].net().state_dict())
+
+
+def test_modes_reach_all_but_frozen_parts() -> None:
+    model = wrapped("u_shape")
+    assert not model.training
+    assert all(module.training for module in model.train().modules())
+    assert not any(module.training for module in model.eval().modules())
+
+
+# torch.compile and torch.export
+
+
+@pytest.mark.parametrize("case", ["u_shape", "windows", "nafnet"])
+def test_compiled_without_a_graph_break(case: str) -> None:
+    model, image = wrapped(case), CASES[case].images(2)
+    with torch.no_grad():
+        expected = model(image)
+        actual = torch.compile(model, fullgraph=True, backend="aot_eager")(image)
+    assert relative(actual, expected) < 1e-5
+
+
+def test_a_compiled_model_trains() -> None:
+    model, seen = wrapped("isotropic"), oracle(2)
+    model(IMAGE, perception=seen).square().mean().backward()
+    expected = [p.grad.clone() for p in model.injector.layers.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(IMAGE, perception=seen).square().mean().backward()
+    actual = [p.grad for p in model.injector.layers.parameters()]
+    torch.testing.assert_close(actual, expected)
+
+
+def test_switching_off_works_in_a_compiled_model() -> None:
+    model, net = wrapped("isotropic"), CASES["isotropic"].net()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert relative(compiled(IMAGE), net(IMAGE)) > 1e-3
+        with model.disabled():
+            assert torch.equal(compiled(IMAGE), net(IMAGE))
+        assert torch.equal(compiled(IMAGE), model(IMAGE))
+
+
+def test_an_exported_model_perceives_new_images() -> None:
+    model = wrapped("u_shape")
+    program = torch.export.export(model, (IMAGE,)).module()
+    other = IMAGE.flip(-1) * 0.5
+    assert relative(program(IMAGE), model(IMAGE)) < 1e-5
+    assert relative(program(other), model(other)) < 1e-5
+
+
+# Unwrapping
+
+
+@pytest.mark.parametrize("case", ["u_shape", "mixed", "normed", "tied", "swinir"])
+def test_unwrap_gives_the_original_back(case: str) -> None:
+    net = CASES[case].net().train()
+    next(net.parameters()).requires_grad_(False)
+    next(net.children()).eval()
+    image, hook = CASES[case].images(2), []
+    next(net.children()).register_forward_hook(lambda *_: hook.append(1))
+    torch.manual_seed(0)
+    before = state(net)
+    model = wrap(net, **CASES[case].wrap)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.1)
+    for _ in range(2):
+        model.train()(image).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    assert model.unwrap() is net
+    assert state(net)[:4] == before[:4]
+    assert len(hook) > 0
+
+
+def test_unwrap_puts_unfrozen_weights_back() -> None:
+    net = CASES["mixed"].net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    expected = net(IMAGE)
+    model = wrap(net)
+    model.unfreeze("**")
+    model(IMAGE).square().mean().backward()
+    torch.optim.SGD(model.trainable_parameters(), lr=0.1).step()
+    with model.disabled():
+        assert not torch.equal(model(IMAGE), expected)
+    assert torch.equal(model.unwrap()(IMAGE), expected)
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def test_unfreezing_what_is_not_there_changes_nothing() -> None:
+    model = wrapped("u_shape")
+    with pytest.raises(SiteError, match=r"'endign\.\*' matches none .* parameters"):
+        model.unfreeze("intro.weight", "endign.*")
+    assert model.status().unfrozen == ()
+
+
+def test_an_unwrapped_model_says_so() -> None:
+    model = wrapped("u_shape")
+    model.unwrap()
+    for use in (lambda: model(IMAGE), lambda: model.save_pretrained("nowhere")):
+        with pytest.raises(BackboneError, match="was unwrapped"):
+            use()
+
+
+def test_an_unwrapped_backbone_can_be_wrapped_again() -> None:
+    net = CASES["u_shape"].net()
+    expected = net(IMAGE)
+    assert torch.equal(wrap(wrap(net).unwrap())(IMAGE), expected)
+
+
+class Returns(nn.Module):
+    """Its forward is given the wrapped model, as users' own models do it."""
+
+    def __init__(self, model: PerceiveModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image).clamp(0, 1)
+
+
+def test_inside_another_module() -> None:
+    outer = Returns(wrapped("u_shape")).train()
+    outer(IMAGE).mean().backward()
+    trainable = {name for name, p in outer.named_parameters() if p.grad is not None}
+    assert trainable
+    assert all(name.startswith("model.adapters.") for name in trainable)

@@ -1,0 +1,344 @@
+"""restore(): any kind of image in, the same kind out; one perception, any size, tiles or whole."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from PIL import Image
+from torch import Tensor, nn
+from wrapping import moved, relative, wrapped
+from zoo import CASES
+
+from perceive_adapter import BackboneError, ConfigError, ImageError, PerceiveModel, wrap
+
+PIXELS = np.random.default_rng(0).random((21, 34, 4))
+
+
+def folded(model: PerceiveModel, image: Tensor) -> Any:
+    """What the model itself gives with its branches folded, as restore() runs it."""
+    with model.fold(model.perceive(image)):
+        return model(image.clone())
+
+
+@pytest.fixture(scope="module")
+def model() -> PerceiveModel:
+    return wrapped("u_shape")
+
+
+# Kinds
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_pil_images(mode: str, model: PerceiveModel) -> None:
+    image = Image.fromarray((PIXELS * 255).astype(np.uint8)).convert(mode)
+    restored = model.restore(image)
+    assert (restored.mode, restored.size) == (mode, image.size)
+    if mode in ("LA", "RGBA"):
+        assert restored.getchannel("A").tobytes() == image.getchannel("A").tobytes()
+    assert restored.tobytes() != image.tobytes()
+
+
+def test_palettes_become_colours(model: PerceiveModel) -> None:
+    image = Image.fromarray((PIXELS[..., :3] * 255).astype(np.uint8)).convert("P")
+    assert model.restore(image).mode == "RGB"
+    image.info["transparency"] = 0
+    assert model.restore(image).mode == "RGBA"
+
+
+@pytest.mark.parametrize("make", [str, Path])
+def test_paths_give_pil_images(make: Any, model: PerceiveModel, tmp_path: Path) -> None:
+    image = Image.fromarray((PIXELS[..., :3] * 255).astype(np.uint8))
+    image.save(tmp_path / "image.png")
+    restored = model.restore(make(tmp_path / "image.png"))
+    assert np.array_equal(np.array(restored), np.array(model.restore(image)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
+def test_arrays(dtype: Any, channels: int | None, model: PerceiveModel) -> None:
+    image = PIXELS[..., 0] if channels is None else PIXELS[..., :channels]
+    image = (image * 255).astype(dtype) if dtype is np.uint8 else image.astype(dtype)
+    before = image.copy()
+    restored = model.restore(image)
+    assert (type(restored), restored.dtype, restored.shape) == (np.ndarray, dtype, image.shape)
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
+@pytest.mark.parametrize("shape", [(21, 34), (1, 21, 34), (3, 21, 34), (4, 9, 8), (2, 2, 8, 9)])
+def test_tensors(dtype: torch.dtype, shape: tuple[int, ...], model: PerceiveModel) -> None:
+    image = (torch.rand(shape) * (255 if dtype == torch.uint8 else 1)).to(dtype)
+    restored = model.restore(image)
+    assert (restored.dtype, restored.shape) == (dtype, image.shape)
+    assert not restored.requires_grad
+    assert restored.double().sub(image.double()).abs().max() > 0
+
+
+@pytest.mark.parametrize("model_dtype", [torch.bfloat16, torch.float64])
+def test_the_model_may_have_another_precision(model_dtype: torch.dtype) -> None:
+    image = torch.rand(1, 3, 32, 32)
+    expected = wrapped("u_shape").restore(image)
+    restored = wrapped("u_shape").to(model_dtype).restore(image)
+    assert restored.dtype == torch.float32
+    assert relative(restored, expected) < (0.1 if model_dtype == torch.bfloat16 else 1e-5)
+
+
+def test_double_precision_stays_double() -> None:
+    model, image = wrapped("u_shape").double(), torch.rand(1, 3, 64, 64).double()
+    assert relative(model.restore(image), folded(model, image)) < 1e-12
+
+
+def test_one_kind_of_image_is_the_other(model: PerceiveModel) -> None:
+    tensor = torch.rand(3, 21, 34)
+    array = tensor.permute(1, 2, 0).numpy()
+    expected = model.restore(tensor)
+    assert np.array_equal(model.restore(array), expected.permute(1, 2, 0).numpy())
+    assert torch.equal(model.restore(tensor[None])[0], expected)
+    rounded = model.restore((tensor * 255).round().to(torch.uint8))
+    near = model.restore((tensor * 255).round() / 255).mul(255).round().clamp(0, 255)
+    assert torch.equal(rounded, near.to(torch.uint8))
+
+
+def test_a_batch_is_perceived_image_by_image(model: PerceiveModel) -> None:
+    batch = torch.rand(2, 3, 32, 32) * torch.tensor([1.0, 0.2]).view(2, 1, 1, 1)
+    each = torch.cat([model.restore(image[None]) for image in batch])
+    assert torch.equal(model.restore(batch), each)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["u_shape", "isotropic", "tuple", "list", "dict", "dataclass", "keyword", "swinir", "nafnet"],
+)
+def test_an_image_of_fitting_size_is_what_the_model_gives(case: str) -> None:
+    toy = CASES[case]
+    model, image = wrapped(toy), toy.images(size=64)
+    with model.fold(model.perceive(image)):
+        expected = toy.run(model, image)
+    assert torch.equal(model.restore(image), expected)
+
+
+def test_a_large_image_is_what_a_plain_call_gives(model: PerceiveModel) -> None:
+    image = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(model.restore(image), model(image))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2), (63, 65), (70, 13)])
+@pytest.mark.parametrize("case", ["u_shape", "isotropic", "multiple", "tokens", "swinir"])
+def test_any_size(case: str, size: tuple[int, int]) -> None:
+    restored = wrapped(case).restore(torch.rand(1, 3, *size))
+    assert restored.shape == (1, 3, *size)
+    assert restored.isfinite().all()
+
+
+class AtLeast(zoo.UShape):
+    def forward(self, image: Tensor) -> Tensor:
+        if min(image.shape[-2:]) < 16:
+            raise ValueError("too small")
+        return super().forward(image)
+
+
+def test_images_smaller_than_the_network_takes_are_mirrored() -> None:
+    assert wrap(AtLeast()).restore(torch.rand(3, 5, 90)).shape == (3, 5, 90)
+
+
+def test_padding_reflects_and_is_cropped() -> None:
+    model, image = wrapped("multiple"), torch.rand(1, 3, 61, 64)
+    assert model.size_multiple == 8
+    padded = torch.cat([image, image[..., 57:60, :].flip(-2)], dim=-2)
+    seen = model.perceive(image)
+    with model.fold(seen):
+        expected = model(padded)[..., :61, :]
+    assert torch.equal(model.restore(image), expected)
+
+
+@pytest.mark.parametrize(("case", "multiple"), [("isotropic", 1), ("u_shape", 4), ("tokens", 4)])
+def test_the_size_multiple_is_found_by_trying(case: str, multiple: int) -> None:
+    assert wrapped(case).size_multiple == multiple
+
+
+# Channels and ranges
+
+
+def test_an_upscaler_enlarges_colours_and_alpha() -> None:
+    model = wrapped("upscaler")
+    image = torch.rand(4, 21, 34)
+    image[3] = 0.25
+    restored = model.restore(image)
+    assert restored.shape == (4, 42, 68)
+    torch.testing.assert_close(restored[3], torch.full((42, 68), 0.25))
+    assert torch.equal(restored[:3], folded(model, image[None, :3])[0])
+    pil = Image.fromarray((PIXELS * 255).astype(np.uint8))
+    assert model.restore(pil).size == (68, 42)
+
+
+def test_gray_on_a_colour_network_is_the_mean_of_its_colours(model: PerceiveModel) -> None:
+    gray = torch.rand(1, 1, 32, 32)
+    expected = folded(model, gray.expand(-1, 3, -1, -1)).mean(dim=1, keepdim=True)
+    torch.testing.assert_close(model.restore(gray), expected)
+
+
+def test_colours_on_a_gray_network_are_restored_each() -> None:
+    model, image = wrapped("gray"), torch.rand(2, 3, 32, 32)
+    expected = [[folded(model, plane[None, None])[0, 0] for plane in one] for one in image]
+    torch.testing.assert_close(
+        model.restore(image), torch.stack([torch.stack(planes) for planes in expected])
+    )
+
+
+def test_other_numbers_of_channels_are_for_the_model_itself() -> None:
+    with pytest.raises(ImageError, match="takes 5 channels"):
+        wrapped("five_channels").restore(torch.rand(3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "value_range", [(-1, 1), (0, 255), ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])], ids=str
+)
+def test_images_are_mapped_to_the_backbones_range_and_back(value_range: Any) -> None:
+    model, image = wrapped("isotropic", value_range=value_range), torch.rand(1, 3, 32, 32)
+    inside = model.value_range.from_unit(image)
+    expected = model.value_range.to_unit(folded(model, inside))
+    torch.testing.assert_close(model.restore(image), expected)
+    bare = wrapped("isotropic", value_range=value_range, trained=False)
+    with torch.no_grad():
+        restored = model.value_range.to_unit(CASES["isotropic"].net()(inside))
+    torch.testing.assert_close(bare.restore(image), restored)
+
+
+# Tiles
+
+
+def local() -> PerceiveModel:
+    """Strided down and shuffled up; each output pixel sees about 20 input pixels around it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.GELU(),
+        zoo.Block(8),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.PixelShuffle(2),
+    )
+    model = wrap(net)
+    moved(model.injector)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("tile", "overlap", "batch_size"),
+    [(64, 24, 1), (64, 24, 3), (48, 22, 4), (97, 31, 2), (65, 32, 1), (1000, 32, 1), (53, 25, 7)],
+)
+@pytest.mark.parametrize("size", [(101, 143), (64, 200)])
+def test_tiles_of_a_local_network_give_the_whole(
+    size: tuple[int, int], tile: int, overlap: int, batch_size: int
+) -> None:
+    model, image = local(), torch.rand(1, 3, *size)
+    whole = model.restore(image)
+    assert (
+        model.restore(image, tile=tile, overlap=overlap, batch_size=batch_size) - whole
+    ).abs().max() < 1e-5
+
+
+def test_too_little_overlap_shows_seams() -> None:
+    model, image = local(), torch.rand(1, 3, 101, 143)
+    seams = (model.restore(image, tile=48, overlap=0) - model.restore(image)).abs().max()
+    assert 1e-4 < seams < 1
+
+
+def test_tiles_of_an_upscaler() -> None:
+    model, image = wrapped("upscaler"), torch.rand(1, 4, 75, 90)
+    whole = model.restore(image)
+    tiled = model.restore(image, tile=56, overlap=26, batch_size=2)
+    assert whole.shape == (1, 4, 150, 180)
+    assert (tiled - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+def test_an_image_is_perceived_once_and_as_a_whole(
+    tile: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen, perceive = wrapped("multiple"), [], PerceiveModel.perceive
+
+    def counted(self: PerceiveModel, image: Tensor) -> Any:
+        seen.append(tuple(image.shape))
+        return perceive(self, image)
+
+    monkeypatch.setattr(PerceiveModel, "perceive", counted)
+    model.restore(torch.rand(1, 3, 70, 90), tile=tile, overlap=8)
+    assert seen == [(1, 3, 70, 90)]
+
+
+def test_tiles_run_in_batches(model: PerceiveModel) -> None:
+    batches: list[int] = []
+    handle = model.backbone.intro.register_forward_pre_hook(lambda m, a: batches.append(len(a[0])))
+    try:
+        model.restore(torch.rand(1, 3, 96, 96), tile=48, overlap=16, batch_size=4)
+    finally:
+        handle.remove()
+    assert max(batches) == 4
+    assert sum(batches) == 9
+
+
+def test_tiles_of_a_model_compiled_in_place() -> None:
+    model, image = wrapped("isotropic"), torch.rand(1, 3, 70, 70)
+    image[..., :35] *= 0.1
+    expected = model.restore(image, tile=32, overlap=8)
+    model.compile(backend="eager")
+    assert relative(model.restore(image, tile=32, overlap=8), expected) < 1e-5
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tile": 0, "overlap": 0}, "tile=0"),
+        ({"tile": 64, "overlap": 32}, "larger than twice the overlap"),
+        ({"tile": -4, "overlap": -9}, "overlap=-9"),
+        ({"overlap": -1}, "overlap >= 0"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+    ],
+)
+def test_bad_tiles_are_refused(options: dict[str, int], said: str, model: PerceiveModel) -> None:
+    with pytest.raises(ConfigError, match=said):
+        model.restore(torch.rand(3, 100, 100), **options)
+
+
+@pytest.mark.parametrize("tile", [64.5, "64"])
+def test_tiles_that_are_no_integers_are_refused(tile: Any, model: PerceiveModel) -> None:
+    with pytest.raises(ConfigError, match="tile="):
+        model.restore(torch.rand(3, 100, 100), tile=tile)
+
+
+def test_a_network_that_needs_more_than_an_image_says_so() -> None:
+    with pytest.raises(BackboneError, match="with the image alone, and it needs more"):
+        wrapped("noise_level").restore(torch.rand(3, 32, 32))
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_modes_are_put_back(bad: bool) -> None:
+    model = wrapped("mixed").train()
+    model.backbone.layers[3].eval()
+    modes = [module.training for module in model.modules()]
+    if bad:
+        with pytest.raises(ImageError):
+            model.restore(torch.full((3, 9, 9), torch.nan))
+    else:
+        first = model.restore(torch.rand(3, 9, 9))
+        assert first.isfinite().all()
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_restoring_leaves_no_gradient_and_no_fold_behind(model: PerceiveModel) -> None:
+    parameters = [id(p) for p in model.parameters()]
+    model.restore(torch.rand(3, 32, 32))
+    assert [id(p) for p in model.parameters()] == parameters
+    assert model(torch.rand(1, 3, 32, 32)).requires_grad

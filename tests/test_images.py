@@ -1,0 +1,116 @@
+"""Images of any kind to planes, and back to the same kind."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perceive_adapter.data.images import read_image
+from perceive_adapter.errors import ImageError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+
+
+def round_trip(image: Any) -> Any:
+    planes = read_image(image)
+    parts = [planes.color] if planes.alpha is None else [planes.color, planes.alpha]
+    return planes.pack(torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_pil_images_survive(mode: str) -> None:
+    image = Image.fromarray(PIXELS).convert(mode)
+    back = round_trip(image)
+    assert (back.mode, back.tobytes()) == (mode, image.tobytes())
+    planes = read_image(image)
+    assert planes.color.shape == (1, 1 if mode[0] == "L" else 3, 5, 7)
+    assert (planes.alpha is not None) == mode.endswith("A")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 2), (5, 7, 3), (5, 7, 4)])
+def test_arrays_survive(shape: tuple[int, ...], dtype: Any) -> None:
+    image = PIXELS.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+    image = image if dtype is np.uint8 else (image / 255).astype(dtype)
+    back = round_trip(image)
+    assert back.dtype == image.dtype
+    assert np.array_equal(back, image)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7), (4, 5, 7), (2, 1, 5, 7), (2, 2, 5, 7)])
+def test_tensors_survive(shape: tuple[int, ...]) -> None:
+    image = torch.rand(shape)
+    assert torch.equal(round_trip(image), image)
+
+
+def test_views_and_read_only_arrays_are_read_without_a_warning() -> None:
+    flipped = PIXELS[::-1, ::-1]
+    locked = PIXELS.copy()
+    locked.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(round_trip(flipped), flipped)
+        assert np.array_equal(round_trip(locked), locked)
+
+
+def test_photographs_are_turned_as_their_exif_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS[..., :3]).save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png").color.shape == (1, 3, 7, 5)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "none": (None, "NoneType"),
+    "list": ([[0, 1]], "list"),
+    "one dimension": (torch.rand(4), r"\(4,\)"),
+    "five dimensions": (torch.rand(1, 1, 3, 4, 4), "expected"),
+    "five channels": (torch.rand(5, 4, 4), "5 channels"),
+    "channels last": (torch.rand(6, 5, 3), "channels first"),
+    "array of many channels": (np.zeros((4, 4, 6)), "6 channels"),
+    "no pixels": (torch.rand(3, 0, 4), "at least one pixel"),
+    "no images": (torch.rand(0, 3, 4, 4), "0 images"),
+    "nan": (torch.tensor([[0.0, torch.nan]]), "NaN"),
+    "infinite": (torch.tensor([[0.0, torch.inf]]), "infinite"),
+    "minus infinite": (np.array([[0.0, -np.inf]]), "infinite"),
+    "[0, 255] floats": (torch.tensor([[0.0, 255.0]]), "divide by 255"),
+    "int64": (torch.ones(3, 4, 4, dtype=torch.int64), "int64"),
+    "bool": (torch.ones(3, 4, 4, dtype=torch.bool), "bool"),
+    "complex": (torch.ones(3, 4, 4, dtype=torch.complex64), "complex64"),
+    "float8": (torch.ones(3, 4, 4).to(torch.float8_e4m3fn), "float8"),
+    "int array": (np.ones((4, 4), dtype=np.int32), "int32"),
+    "object array": (np.array([[None]]), "object"),
+    "swapped bytes": (np.ones((4, 4), dtype=">f4"), "dtype"),
+    "bilevel": (Image.new("1", (4, 4)), "'1'"),
+    "ink": (Image.new("CMYK", (4, 4)), "'CMYK'"),
+    "16 bit": (Image.new("I;16", (4, 4)), "'I;16'"),
+    "missing file": ("no/such.png", "no image file"),
+    "not an image": (__file__, "cannot be read as an image"),
+    "a folder": (Path(__file__).parent, "cannot be read as an image"),
+    "no path": ("a\0b", "cannot be read as an image"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_image_is_refused(case: str) -> None:
+    image, said = BAD[case]
+    with pytest.raises(ImageError, match=said):
+        read_image(image)
+
+
+def test_damaged_and_enormous_files_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "image.png"
+    Image.fromarray(PIXELS).resize((200, 200)).save(file)
+    half = tmp_path / "half.png"
+    half.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_image(half)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="decompression bomb"):
+        read_image(file)
