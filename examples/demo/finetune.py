@@ -1,6 +1,6 @@
-"""Train the prompt modules of a wrapped backbone on a mix of degradations."""
+"""Train a wrapped backbone on a mix of degradations: first to perceive, then to restore."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,18 @@ from tqdm import tqdm
 
 from perceive_adapter import PerceiveModel
 from perceive_adapter.data import DEGRADATIONS, degrade
-from perceive_adapter.losses import RestorationObjective
+from perceive_adapter.losses import DegradationContrastiveLoss, RestorationObjective
 
 NAMES = tuple(DEGRADATIONS)
-LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long a stage of training lasts, and on how much at a time."""
+
+    steps: int
+    batch: int
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -26,51 +34,71 @@ class Batch:
     labels: Tensor
 
 
-def draw_batch(
-    photos: Sequence[Tensor], count: int, side: int, generator: torch.Generator
-) -> Batch:
-    """Every degradation gets its equal share, every sample its own severity."""
-    labels = torch.arange(count) % len(NAMES)
-    clean = random_crops(photos, count, (side, 2 * side), generator)
-    severity = torch.rand(count, generator=generator)
-    degraded = degrade(clean, [NAMES[label] for label in labels], severity, generator)
-    left, right = degraded.chunk(2, dim=-1)
-    return Batch(clean[..., :side], left, right, labels)
+def draw_batches(
+    photos: Sequence[Tensor], sides: Sequence[int], stage: Stage, generator: torch.Generator
+) -> Iterator[Batch]:
+    """An equal share of every degradation; crops of several sizes, as images come in many."""
+    labels = torch.arange(stage.batch) % len(NAMES)
+    names = [NAMES[label] for label in labels]
+    for step in range(stage.steps):
+        side = sides[step % len(sides)]
+        clean = random_crops(photos, stage.batch, (side, 2 * side), generator)
+        severity = torch.rand(stage.batch, generator=generator)
+        degraded, neighbour = degrade(clean, names, severity, generator).chunk(2, dim=-1)
+        yield Batch(clean[..., :side], degraded, neighbour, labels)
 
 
-def fine_tune(
-    model: PerceiveModel,
-    photos: Sequence[Tensor],
-    steps: int,
-    batch: int,
-    crop_sides: Sequence[int],
-    seed: int,
-) -> None:
-    """Adam with a one-cycle learning rate; crops of several sizes, as images come in many."""
-    generator = torch.Generator().manual_seed(seed)
+def learn_to_perceive(model: PerceiveModel, batches: Iterator[Batch], stage: Stage) -> None:
+    """Tell degradations apart before anything depends on it; the backbone need not run."""
+    objective = DegradationContrastiveLoss()
+
+    def loss(batch: Batch) -> Tensor:
+        pair = model.perceive(torch.cat([batch.degraded, batch.neighbour])).compact
+        return objective(*pair.chunk(2), batch.labels)
+
+    train(model, batches, stage, loss, title="perceive")
+
+
+def learn_to_restore(model: PerceiveModel, batches: Iterator[Batch], stage: Stage) -> None:
+    """Train everything that was added, perception included."""
     objective = RestorationObjective()
-    parameters = list(model.trainable_parameters())
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    model.train()
-    bar = tqdm(range(steps), unit="step", ncols=80)
-    average = 0.0
-    for step in bar:
-        side = crop_sides[step % len(crop_sides)]
-        sample = draw_batch(photos, batch, side, generator)
-        perception = model.perceive(sample.degraded)
+
+    def loss(batch: Batch) -> Tensor:
+        perception = model.perceive(batch.degraded)
         terms = objective(
-            model(sample.degraded, perception=perception),
-            sample.target,
-            degraded=sample.degraded,
+            model(batch.degraded, perception=perception),
+            batch.target,
+            degraded=batch.degraded,
             anchor=perception.compact,
-            positive=model.perceive(sample.neighbour).compact,
-            labels=sample.labels,
+            positive=model.perceive(batch.neighbour).compact,
+            labels=batch.labels,
         )
+        return terms.total
+
+    train(model, batches, stage, loss, title="restore ")
+
+
+def train(
+    model: PerceiveModel,
+    batches: Iterator[Batch],
+    stage: Stage,
+    loss_of: Callable[[Batch], Tensor],
+    title: str,
+) -> None:
+    """Adam with a one-cycle learning rate, behind a progress bar."""
+    parameters = list(model.trainable_parameters())
+    optimizer = torch.optim.Adam(parameters)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, stage.learning_rate, total_steps=stage.steps
+    )
+    bar = tqdm(batches, desc=title, total=stage.steps, unit="step", ncols=80)
+    average = 0.0
+    for step, batch in enumerate(bar, start=1):
+        loss = loss_of(batch)
         optimizer.zero_grad()
-        terms.total.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        average += (terms.l1.item() - average) / min(step + 1, 50)
-        bar.set_postfix_str(f"L1 {average:.3f}", refresh=False)
+        average += (loss.item() - average) / min(step, 50)
+        bar.set_postfix_str(f"loss {average:.3f}", refresh=False)

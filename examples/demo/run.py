@@ -10,15 +10,17 @@ go to `out/demo`: a grid of images and the adapter, which a fresh process loads 
 import argparse
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from denoiser import load_denoiser
-from finetune import fine_tune
+from finetune import Stage, draw_batches, learn_to_perceive, learn_to_restore
 from images import load_held_out, load_photos
 from report import damage, draw_grid, print_table, restore_all
 from safetensors.torch import save_file
+from torch import Tensor
 
 from perceive_adapter import PerceiveModel, wrap
 
@@ -29,21 +31,31 @@ HERE = Path(__file__).parent
 class Size:
     """How much work the demo does."""
 
-    steps: int
-    batch: int
+    perceive: Stage
+    restore: Stage
     crop_sides: tuple[int, ...]
     longest_side: int  # of the photographs that are reported on
 
 
 SIZES = {
-    "full": Size(steps=600, batch=8, crop_sides=(64, 96, 128), longest_side=384),
-    "small": Size(steps=4, batch=4, crop_sides=(32, 48), longest_side=64),
+    "full": Size(
+        perceive=Stage(steps=150, batch=32, learning_rate=4e-3),
+        restore=Stage(steps=800, batch=8, learning_rate=3e-3),
+        crop_sides=(48, 64, 96),
+        longest_side=384,
+    ),
+    "small": Size(
+        perceive=Stage(steps=4, batch=4, learning_rate=4e-3),
+        restore=Stage(steps=4, batch=4, learning_rate=3e-3),
+        crop_sides=(32, 48),
+        longest_side=64,
+    ),
 }
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="training steps, instead of the size's own")
+    parser.add_argument("--steps", type=int, help="steps of learning to restore")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", choices=SIZES, default="full", help="small: a smoke test")
@@ -54,12 +66,12 @@ def main() -> int:
     arguments = parse_arguments()
     sys.stdout.reconfigure(line_buffering=True)  # in step with the progress bar, also in a pipe
     size = SIZES[arguments.size]
-    steps = size.steps if arguments.steps is None else arguments.steps
     torch.manual_seed(arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     denoiser = load_denoiser()
-    cases = damage(load_held_out(size.longest_side))
+    held_out = load_held_out(size.longest_side)
+    cases = damage(held_out)
     before = restore_all(denoiser, cases)
 
     print("The backbone: a NAFNet, trained on Gaussian noise and nothing else. Wrapped and frozen:")
@@ -68,10 +80,10 @@ def main() -> int:
 
     photos = load_photos(HERE / "photos", longest_side=512)
     print(f"\nFine-tuning on noise, rain, haze and low light over {len(photos)} photographs:")
-    fine_tune(model, photos, steps, size.batch, size.crop_sides, arguments.seed)
+    fine_tune(model, photos, size, arguments.steps or size.restore.steps, arguments.seed)
 
-    after = restore_all(model.eval(), cases)
-    print(f"\nOn {len(load_held_out(size.longest_side))} photographs that training never saw:\n")
+    after = restore_all(model, cases)
+    print(f"\nOn {len(held_out)} photographs that neither has trained on:\n")
     print_table(cases, before, after)
 
     grid = draw_grid(cases, before, after, arguments.out / "grid.png")
@@ -79,7 +91,19 @@ def main() -> int:
     return check_reload(model, cases[0].degraded, arguments.out)
 
 
-def check_reload(model: PerceiveModel, degraded: torch.Tensor, out: Path) -> int:
+def fine_tune(
+    model: PerceiveModel, photos: Sequence[Tensor], size: Size, steps: int, seed: int
+) -> None:
+    """First what is wrong with an image, then what to do about it."""
+    generator = torch.Generator().manual_seed(seed)
+    restore = replace(size.restore, steps=steps)
+    model.train()
+    for learn, stage in ((learn_to_perceive, size.perceive), (learn_to_restore, restore)):
+        learn(model, draw_batches(photos, size.crop_sides, stage, generator), stage)
+    model.eval()
+
+
+def check_reload(model: PerceiveModel, degraded: Tensor, out: Path) -> int:
     """Save the adapter and compare the outputs of a fresh process; its exit code."""
     adapter = out / "adapter"
     model.save_pretrained(adapter)

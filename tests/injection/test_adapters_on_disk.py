@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -261,6 +262,7 @@ HOSTILE: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(("where", "value"), HOSTILE)
 def test_hostile_values_are_refused(where: str, value: Any, saved: Path, tmp_path: Path) -> None:
     *path, last = where.split(".")
@@ -272,6 +274,16 @@ def test_hostile_values_are_refused(where: str, value: Any, saved: Path, tmp_pat
 
     with pytest.raises(CheckpointError):
         wrap(net(), edited(saved, tmp_path, change))
+
+
+def test_a_huge_config_costs_no_memory(saved: Path, tmp_path: Path) -> None:
+    def change(config: Any) -> None:
+        config["config"]["condition_dim"] = 4_000_000  # a gigabyte in the encoder alone
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="of another shape"):
+        wrap(net(), edited(saved, tmp_path, change))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
 def test_a_newer_format_names_the_remedy(saved: Path, tmp_path: Path) -> None:

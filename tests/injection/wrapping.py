@@ -58,7 +58,7 @@ def injector_like(model: PerceiveModel, seed: int = 0) -> PromptInjector:
 def relative(actual: Tensor, expected: Tensor) -> float:
     """Largest deviation as a share of the largest value."""
     assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.abs().max())
+    return float(((actual - expected).abs().max() / expected.abs().max()).detach())
 
 
 def state(net: nn.Module) -> list[object]:

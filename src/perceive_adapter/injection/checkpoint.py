@@ -23,7 +23,7 @@ from perceive_adapter.errors import (
     SiteError,
 )
 from perceive_adapter.hub import load_folder, push_folder, resolve, save_folder
-from perceive_adapter.injection.injector import PromptInjector
+from perceive_adapter.injection.injector import PromptInjector, modules_at
 from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.plan import SitePlan
 
@@ -179,9 +179,8 @@ def read_adapter(name_or_path: str | os.PathLike[str], backbone: nn.Module) -> A
         raise CheckpointError(
             f"{where}: {TENSORS_NAME} holds tensors of no known part: {', '.join(extra[:5])}"
         )
-    injector = _rebuild(record, own, where)
-    _check_backbone(record, injector, unfrozen, backbone, where)
-    return AdapterFile(record, injector, unfrozen, where)
+    _check_backbone(record, unfrozen, backbone, where)
+    return AdapterFile(record, _rebuild(record, own, where), unfrozen, where)
 
 
 def load_unfrozen(model: PerceiveModel, file: AdapterFile, *, is_trainable: bool) -> None:
@@ -228,7 +227,6 @@ def _rebuild(record: AdapterRecord, tensors: Mapping[str, Tensor], where: str) -
 
 def _check_backbone(
     record: AdapterRecord,
-    injector: PromptInjector,
     unfrozen: Mapping[str, Tensor],
     backbone: nn.Module,
     where: str,
@@ -241,7 +239,7 @@ def _check_backbone(
         if name not in parameters or parameters[name].shape != value.shape
     ]
     try:
-        injector.check_fits(backbone)
+        modules_at(record.plan, backbone)
         count = sum(parameter.numel() for parameter in backbone.parameters())
         if count != record.backbone.parameters:
             raise SiteError(f"it has {count:,} parameters")

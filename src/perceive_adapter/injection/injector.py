@@ -24,7 +24,7 @@ from perceive_adapter.injection.plan import Geometry, Site, SitePlan
 from perceive_adapter.injection.prompts import Foldable, build_prompt, is_dense, weight_shape
 from perceive_adapter.injection.state import ConditionState, Lock
 
-__all__ = ["PromptInjector", "check_backbone"]
+__all__ = ["PromptInjector", "check_backbone", "modules_at"]
 
 
 class PromptSite(nn.Module):
@@ -137,7 +137,7 @@ class PromptInjector(nn.Module):
         if self.attached:
             raise AlreadyWrappedError("this injector is attached already; detach() it first")
         check_backbone(backbone, hooked=beside_others)
-        self._hooked = self.check_fits(backbone)
+        self._hooked = modules_at(self.plan, backbone)
         self._handles = [
             self.module_at(prompt.site).register_forward_hook(prompt.hook)
             for prompt in reversed(self.prompt_sites)  # a layer's branch before its level's change
@@ -155,17 +155,6 @@ class PromptInjector(nn.Module):
     def module_at(self, site: Site) -> nn.Module:
         """Return the module of the attached backbone at ``site``."""
         return self._hooked[site.role, site.name]
-
-    def check_fits(self, backbone: nn.Module) -> dict[tuple[str, str], nn.Module]:
-        """Return the module of ``backbone`` at the (role, name) of every site.
-
-        Raises:
-            SiteError: a site is missing, or its module has another shape or geometry.
-        """
-        modules = dict(backbone.named_modules())
-        for site in self.plan:
-            _check_site(site, modules.get(site.name), type(backbone).__name__)
-        return {(site.role, site.name): modules[site.name] for site in self.plan}
 
     def perceive(self, image: Tensor) -> Perception:
         """Return the compact features of images (B, C, H, W) in [0, 1].
@@ -236,6 +225,18 @@ def check_backbone(backbone: nn.Module, *, hooked: bool = False) -> None:
             f"the backbone's parameters are on {', '.join(sorted(map(str, devices)))}; move it to "
             "one real device first"
         )
+
+
+def modules_at(plan: SitePlan, backbone: nn.Module) -> dict[tuple[str, str], nn.Module]:
+    """Return the module of ``backbone`` at the (role, name) of every site.
+
+    Raises:
+        SiteError: a site is missing, or its module has another shape or geometry.
+    """
+    modules = dict(backbone.named_modules())
+    for site in plan:
+        _check_site(site, modules.get(site.name), type(backbone).__name__)
+    return {(site.role, site.name): modules[site.name] for site in plan}
 
 
 def _check_site(site: Site, module: nn.Module | None, backbone: str) -> None:

@@ -149,7 +149,8 @@ class PerceiveModel(nn.Module):
                 if self.perceiver is not None:
                     seen = self.perceiver(rgb)
                     for name in ("tiers", "degradations", "severity", "embedding"):
-                        fields[name] = getattr(seen, name)
+                        if getattr(seen, name).shape[1]:  # a perceiver may tell no degradations
+                            fields[name] = getattr(seen, name)
                 if self.semantic is not None:
                     fields["semantic"] = self.semantic(rgb)
         return Perception(**fields)
@@ -315,7 +316,12 @@ class PerceiveModel(nn.Module):
 
         The model cannot be run afterwards; values trained after :meth:`unfreeze` are in
         ``backbone.state_dict()`` until then.
+
+        Raises:
+            BackboneError: it was unwrapped before.
         """
+        if not self.injector.attached:
+            raise BackboneError("this model was unwrapped already")
         self.adapters.detach()
         return self.frozen.release()
 

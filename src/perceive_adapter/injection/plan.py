@@ -144,7 +144,7 @@ class SitePlan:
             backbone (an untrained NAFNet's beta and gamma) hides them from the output.
 
     Raises:
-        ConfigError: a size or the scale cannot be.
+        ConfigError: a size or the scale cannot be, or a site is named twice.
     """
 
     sites: tuple[Site, ...]
@@ -162,6 +162,8 @@ class SitePlan:
                 f"a plan has scale={self.scale} and probe_size={sides}; expected a scale up to "
                 f"{MAX_SCALE} and sides from 1 to {MAX_PROBE}"
             )
+        if len({(site.role, site.name) for site in self.sites}) < len(self.sites):
+            raise ConfigError("a plan names a site twice in one role")
 
     def of(self, role: Role) -> tuple[Site, ...]:
         """Return the sites of one role."""

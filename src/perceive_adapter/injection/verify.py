@@ -87,7 +87,7 @@ def _working(
     part = plan.replace(sites=tuple(sites))
     try:
         return _gradients(backbone, part, config, example), None
-    except RuntimeError as error:
+    except Exception as error:  # of autograd, or of a backbone's own backward
         if len(sites) == 1:
             return {}, error
         middle = len(sites) // 2

@@ -111,7 +111,13 @@ def _load(
     file = read_adapter(pretrained, backbone)
     record = file.record
     found = name = None
-    if record.perceiver is not None:
+    if record.perceiver is None:
+        if perceiver is not None and perceiver is not False:
+            raise ConfigError(
+                f"{pretrained} was trained without a perceiver, so perceiver= would steer nothing; "
+                "leave it out"
+            )
+    else:
         given = record.perceiver.name if perceiver is None else perceiver
         found, name = _load_perceiver(given or None), _name_of(given or None)
         if found is None or found.fingerprint() != record.perceiver.fingerprint:
