@@ -75,7 +75,7 @@ def learn_to_restore(model: PerceiveModel, batches: Iterator[Batch], stage: Stag
         )
         return terms.total
 
-    train(model, batches, stage, loss, title="restore ")
+    train(model, batches, stage, loss, title=" restore")
 
 
 def train(

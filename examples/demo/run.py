@@ -39,8 +39,8 @@ class Size:
 
 SIZES = {
     "full": Size(
-        perceive=Stage(steps=150, batch=32, learning_rate=4e-3),
-        restore=Stage(steps=800, batch=8, learning_rate=3e-3),
+        perceive=Stage(steps=300, batch=32, learning_rate=4e-3),
+        restore=Stage(steps=1000, batch=8, learning_rate=5e-3),
         crop_sides=(48, 64, 96),
         longest_side=384,
     ),
@@ -55,11 +55,18 @@ SIZES = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="steps of learning to restore")
+    parser.add_argument("--steps", type=positive, help="steps of learning to restore")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", choices=SIZES, default="full", help="small: a smoke test")
     return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def main() -> int:
