@@ -17,6 +17,7 @@ Example:
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from perceive_adapter import errors
 from perceive_adapter._version import __version__
 
 if TYPE_CHECKING:
@@ -47,21 +48,6 @@ if TYPE_CHECKING:
     from perceive_adapter.perceiver.perceived import Perceived
     from perceive_adapter.perceiver.quality import QualityPerceiver
 
-_ERRORS = (
-    "AdapterMismatchError",
-    "AlreadyWrappedError",
-    "BackboneError",
-    "CheckpointError",
-    "CompiledBackboneError",
-    "ConfigError",
-    "ImageError",
-    "LossInputError",
-    "MissingDependencyError",
-    "PerceiveError",
-    "PerceptionError",
-    "SiteError",
-    "UntrainedPerceiverWarning",
-)
 _HOMES = {
     "AdapterConfig": "config",
     "AdapterStatus": "injection.status",
@@ -77,7 +63,7 @@ _HOMES = {
     "ValueRange": "injection.perception",
     "plan_sites": "injection.discovery",
     "wrap": "injection.wrap",
-} | dict.fromkeys(_ERRORS, "errors")
+} | dict.fromkeys(errors.__all__, "errors")
 
 __all__ = [
     "AdapterConfig",
