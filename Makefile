@@ -2,16 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow format clean
+.PHONY: demo test lint format clean
 
 demo: .venv/demo.stamp  ## adapt a small denoiser to rain, haze and low light, and show it
 	$(BIN)/python examples/demo/run.py
 
 test: .venv/dev.stamp lint  ## lint, types, tests with coverage
-	$(BIN)/python -m pytest -m "not slow" --cov=perceive_adapter --cov-fail-under=90
-
-slow: .venv/dev.stamp  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --cov=perceive_adapter --cov-fail-under=90
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
