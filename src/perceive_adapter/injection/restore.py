@@ -75,19 +75,19 @@ def _restore_one(
 ) -> Tensor:
     """Restore (1, C, H, W) of any dtype to float (1, C, sH, sW)."""
     perception = model.perceive(_network_input(model, image))
-    size = _padded_size(model, image)
+    height, width = _padded_size(model, image)
     align = math.lcm(model.size_multiple, model.sites.stride) if tile else 1
-    wanted = -(-tile // align) * align if tile else max(size)
-    grid = Grid(
-        (-(-size[0] // align) * align, -(-size[1] // align) * align),
-        (min(wanted, -(-size[0] // align) * align), min(wanted, -(-size[1] // align) * align)),
-        overlap,
-        align,
-    )
+    height, width = (_round_up(side, align) for side in (height, width))
+    wanted = _round_up(tile, align) if tile else max(height, width)
+    grid = Grid((height, width), (min(wanted, height), min(wanted, width)), overlap, align)
     with model.fold(perception):
         restored = _run_tiles(model, image, grid, batch_size)
     height, width = (round(side * model.sites.scale) for side in image.shape[-2:])
     return restored[..., :height, :width]
+
+
+def _round_up(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
 
 
 def _run_tiles(model: PerceiveModel, image: Tensor, grid: Grid, batch_size: int) -> Tensor:
@@ -172,11 +172,11 @@ def _mirrored(start: int, length: int, side: int) -> Tensor:
 def _padded_size(model: PerceiveModel, image: Tensor) -> tuple[int, int]:
     """Return the smallest size that the backbone takes and the image fits in."""
     multiple = model.size_multiple
-    height, width = (-(-side // multiple) * multiple for side in image.shape[-2:])
+    height, width = (_round_up(side, multiple) for side in image.shape[-2:])
     least = model.sites.probe_size
     if (height < least[0] or width < least[1]) and not _runs(model, (height, width)):
         height, width = (
-            -(-max(side, small) // multiple) * multiple
+            _round_up(max(side, small), multiple)
             for side, small in zip((height, width), least, strict=True)
         )
     return height, width
