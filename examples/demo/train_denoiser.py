@@ -70,7 +70,7 @@ def train(arguments: argparse.Namespace) -> None:
         side = CROP_SIDES[int(torch.randint(len(CROP_SIDES), (), generator=generator))]
         clean = random_crops(photos, BATCH, (side, side), generator)
         severity = torch.rand(BATCH, generator=generator)
-        noisy = degrade(clean, "noise", severity, generator)
+        noisy = degrade(clean, "gaussian_noise", severity, generator)
         loss = nn.functional.l1_loss(denoiser(noisy), clean)
         optimizer.zero_grad()
         loss.backward()

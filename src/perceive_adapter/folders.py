@@ -5,6 +5,7 @@ Pickle is neither written nor read.
 
 import hashlib
 import json
+import math
 import os
 import re
 import uuid
@@ -18,12 +19,16 @@ from torch import Tensor
 
 from perceive_adapter.errors import CheckpointError, ConfigError
 
-__all__ = ["load_folder", "save_folder"]
+__all__ = ["PICKLES", "DamagedError", "figures_table", "load_folder", "save_folder"]
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_CONFIG_BYTES = 16 * 2**20
 _LFS_POINTER = b"version https://git-lfs"
+
+
+class DamagedError(CheckpointError):
+    """A file's content is not what was saved, so that another copy of it may be sound."""
 
 
 def save_folder(
@@ -96,7 +101,8 @@ def load_folder(
         The config, and the tensors by name, on the CPU.
 
     Raises:
-        CheckpointError: the folder or a file is missing, is damaged, or holds pickle only.
+        CheckpointError: the folder or a file is missing, or it holds pickle only.
+        DamagedError: a file is damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -116,6 +122,33 @@ def load_folder(
     return config, _read_tensors(folder, tensors_name, expected)
 
 
+def figures_table(figures: Mapping[str, float | str] | None) -> str:
+    """Format measured figures as a section of a model card.
+
+    Args:
+        figures: by what was measured, with the unit and the data, such as ``"PSNR, rain (dB)"``.
+
+    Raises:
+        ConfigError: a figure is not finite.
+
+    Example:
+        >>> print(figures_table({"PSNR, rain (dB)": 31.237, "images": 100}))
+        ## Measured
+        | what | value |
+        |---|---|
+        | PSNR, rain (dB) | 31.24 |
+        | images | 100 |
+    """
+    if not figures:
+        return "## Measured\nNo figures were given when this was saved."
+    rows = ["## Measured", "| what | value |", "|---|---|"]
+    for what, value in figures.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"figures[{what!r}]={value}: expected a finite number or a string.")
+        rows.append(f"| {what} | {f'{value:.4g}' if isinstance(value, float) else value} |")
+    return "\n".join(rows)
+
+
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     where = f"{name} in {str(folder)!r}"
@@ -131,9 +164,11 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
             + remedy
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        config = json.loads(
+            file.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON ({error}). {remedy}") from error
+        raise DamagedError(f"{where} is not JSON ({error}). {remedy}") from error
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{where} holds a JSON {type(config).__name__}: expected an object. {remedy}"
@@ -146,7 +181,7 @@ def _read_tensors(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
     where = f"{name} in {str(folder)!r}"
     remedy = "Copy or download the whole folder again."
     if not file.is_file():
-        if any(entry.suffix in _PICKLES for entry in folder.iterdir()):
+        if any(entry.suffix in PICKLES for entry in folder.iterdir()):
             raise CheckpointError(
                 f"{where} is missing; the folder holds {_listing(folder)}. Pickle is never loaded, "
                 "since it can run code. Ask for a safetensors copy, or convert it yourself if you "
@@ -155,17 +190,17 @@ def _read_tensors(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{where} is missing; the folder holds {_listing(folder)}. {remedy}")
     data = file.read_bytes()
     if data.startswith(_LFS_POINTER):
-        raise CheckpointError(f"{where} is a git LFS pointer, not the file. Run `git lfs pull`.")
+        raise DamagedError(f"{where} is a git LFS pointer, not the file. Run `git lfs pull`.")
     actual = _sha256(data)
     if actual != expected:
-        raise CheckpointError(
+        raise DamagedError(
             f"{where} ({len(data)} bytes) has the SHA-256 {actual}: expected {expected}. It was "
             f"truncated or changed, or belongs to another save. {remedy}"
         )
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
-        raise CheckpointError(f"{where} is not a safetensors file ({error}). {remedy}") from error
+        raise DamagedError(f"{where} is not a safetensors file ({error}). {remedy}") from error
 
 
 def _replace(target: Path, data: bytes) -> None:
@@ -200,6 +235,11 @@ def _detached(tensor: Tensor) -> Tensor:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse_constant(digits[:20])
 
 
 def _listing(folder: Path) -> str:

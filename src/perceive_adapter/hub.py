@@ -6,16 +6,69 @@ here too. huggingface_hub is imported only when it is needed.
 
 import os
 import re
+import warnings
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from torch import Tensor
 
 from perceive_adapter.errors import CheckpointError
-from perceive_adapter.folders import load_folder, save_folder
+from perceive_adapter.folders import PICKLES, DamagedError, load_folder, save_folder
 
-__all__ = ["load_folder", "push_folder", "resolve", "save_folder"]
+__all__ = ["load", "load_folder", "push_folder", "resolve", "save_folder"]
 
 _PATTERNS = ["*.json", "*.safetensors", "README.md"]
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_REPO_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII
+)
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    config_name: str,
+    tensors_name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Find a folder as :func:`resolve` does, and read it as :func:`load_folder` does.
+
+    huggingface_hub checks the size of what it downloads, not the content. A repository whose files
+    turn out to be damaged is therefore downloaded once more, over its cached copy.
+
+    Returns:
+        The folder, the config and the tensors.
+
+    Raises:
+        CheckpointError: as those two functions say, or the repository holds other files.
+    """
+    find = partial(
+        resolve,
+        name_or_path,
+        revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    folder = find()
+    if Path(name_or_path).is_dir():
+        return folder, *load_folder(folder, config_name, tensors_name)
+    needed = config_name, tensors_name
+    if not local_files_only and not all((folder / name).is_file() for name in needed):
+        _check_listing(os.fspath(name_or_path), revision, token, needed)
+    try:
+        return folder, *load_folder(folder, config_name, tensors_name)
+    except DamagedError as error:
+        if local_files_only:
+            raise _damaged(error, folder) from error
+    folder = find(force_download=True)
+    try:
+        return folder, *load_folder(folder, config_name, tensors_name)
+    except DamagedError as error:
+        raise _damaged(error, folder) from error
 
 
 def resolve(
@@ -25,19 +78,22 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
 ) -> Path:
     """Find the folder that a path or the name of a Hub repository stands for.
 
     An existing folder is taken as it is, and the other arguments do not matter to it. A name such
     as ``user/repo`` is downloaded into huggingface_hub's cache: JSON, safetensors and the model
-    card, nothing else. A network that is down, or ``HF_HUB_OFFLINE=1``, falls back to that cache.
+    card, nothing else. A network that is down, or ``HF_HUB_OFFLINE=1``, falls back to that cache;
+    so does a download that fails, with a warning, and the copy downloaded before stays in use.
 
     Args:
-        name_or_path: a folder, or ``user/repo``.
-        revision: branch, tag or commit of the repository.
+        name_or_path: a folder, ``user/repo``, or ``user/repo@revision``.
+        revision: branch, tag or commit of the repository, where the name does not say it.
         token: access token, True for the one saved on this machine, None for it if there is one.
         cache_dir: cache to use in place of huggingface_hub's own.
         local_files_only: make no request, use the cache alone.
+        force_download: download again what is in the cache.
 
     Returns:
         The folder.
@@ -53,27 +109,15 @@ def resolve(
             f"{name!r} is a file: expected a folder that save_pretrained wrote, or a Hub "
             "repository such as 'user/repo'. Give the folder that holds the file."
         )
-    if not isinstance(name_or_path, str) or not _REPO_ID.fullmatch(name):
-        raise CheckpointError(
-            f"{name!r} is not an existing folder, and does not have the form of a Hub repository, "
-            "'user/repo'. Check the path."
-        )
-    import huggingface_hub
-
+    repo, revision = _split(name_or_path, revision)
+    download = partial(_download, repo, revision, token=token, cache_dir=cache_dir)
+    if local_files_only:
+        return download(local_files_only=True)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=_PATTERNS,
-            )
-        )
-    except _hub_errors() as error:
-        at = f" at revision {revision!r}" if revision else ""
-        _fail(f"cannot download {name!r}{at}, which is not a local folder either", error)
+        cached = download(local_files_only=True)
+    except CheckpointError:
+        return download(force_download=force_download)
+    return _update(cached, revision, partial(download, force_download=force_download))
 
 
 def push_folder(
@@ -123,6 +167,84 @@ def push_folder(
     return str(commit.commit_url)
 
 
+def _split(name: str | os.PathLike[str], revision: str | None) -> tuple[str, str | None]:
+    """Take ``user/repo@revision`` apart."""
+    match = _REPO_ID.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise CheckpointError(
+            f"{os.fspath(name)!r} is not an existing folder, and does not have the form of a Hub "
+            "repository, 'user/repo' or 'user/repo@revision'. Check the path."
+        )
+    if match["revision"] and revision not in (None, match["revision"]):
+        raise CheckpointError(
+            f"{name!r} is asked for at revision={revision!r} too. Give one revision, in the name "
+            "or as revision=."
+        )
+    return match["repo"], match["revision"] or revision
+
+
+def _download(repo: str, revision: str | None, **options: Any) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=_PATTERNS, **options
+            )
+        )
+    except _hub_errors() as error:
+        at = f" at revision {revision!r}" if revision else ""
+        _fail(f"cannot download {repo!r}{at}, which is not a local folder either", error)
+
+
+def _update(cached: Path, revision: str | None, download: "partial[Path]") -> Path:
+    """Download over a cached copy, which stays in use where that fails.
+
+    huggingface_hub points the branch at the new commit before it has that commit's files.
+    """
+    reference = cached.parent.parent / "refs" / (revision or "main")
+    try:
+        return download()
+    except BaseException as error:  # an interrupted download, too, leaves the branch without files
+        if reference.is_file():
+            reference.write_text(cached.name)
+        if not isinstance(error, CheckpointError):
+            raise
+        warnings.warn(f"the copy downloaded before, {cached.name}, is used: {error}", stacklevel=4)
+    return cached
+
+
+def _check_listing(
+    name: str, revision: str | None, token: str | bool | None, needed: tuple[str, ...]
+) -> None:
+    """Say what a repository holds in place of the files that it should; it may be out of reach."""
+    import huggingface_hub
+
+    repo, revision = _split(name, revision)
+    try:
+        files = huggingface_hub.HfApi(token=token).list_repo_files(repo, revision=revision)
+    except _hub_errors():
+        return
+    if not (missing := [file for file in needed if file not in files]):
+        return
+    pickle = (
+        "Pickle is never loaded, since it can run code: ask the owner for safetensors."
+        if any(file.endswith(PICKLES) for file in files)
+        else "Check the name, and that it is this kind of checkpoint."
+    )
+    shown = ", ".join(sorted(files)[:8]) or "no files"
+    raise CheckpointError(f"{name!r} holds {shown}: expected {' and '.join(missing)}. {pickle}")
+
+
+def _damaged(error: DamagedError, folder: Path) -> DamagedError:
+    """Say how to be rid of a damaged copy in huggingface_hub's cache."""
+    return DamagedError(
+        f"{error} This copy comes from the Hub, and loading it while the Hub can be reached "
+        f"downloads it again; or delete {str(folder.parent.parent)!r}. If it stays damaged, the "
+        "repository is: tell its owner."
+    )
+
+
 def _hub_errors() -> tuple[type[Exception], ...]:
     """Errors of huggingface_hub and of whichever HTTP client it is built on."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -143,5 +265,10 @@ def _fail(what: str, error: Exception) -> NoReturn:
     elif isinstance(error, OfflineModeIsEnabled):
         remedy = "Unset HF_HUB_OFFLINE."
     else:
-        remedy = "Check the network; without one, only a repository downloaded before can be used."
-    raise CheckpointError(f"{what}: {type(error).__name__}: {error}. {remedy}") from error
+        remedy = (
+            "Check the network and try again; without one, only a repository downloaded before can "
+            "be used."
+        )
+    said = str(error).replace("Please retry with `force_download=True`.", "")  # it kept no copy
+    said = " ".join(said.split()).rstrip(".")
+    raise CheckpointError(f"{what}: {type(error).__name__}: {said}. {remedy}") from error

@@ -32,11 +32,14 @@ def moved(module: nn.Module, seed: int = 0, scale: float = 0.05) -> None:
 
 
 def wrapped(case: Case | str, *, trained: bool = True, seed: int = 0, **options: Any) -> Any:
-    """Wrap a new network of the zoo; ``trained`` moves the adapter away from the identity."""
+    """Wrap a new network of the zoo; ``trained`` moves the adapter away from the identity.
+
+    Without a perceiver, unless one is given: most tests are of what the prompts do.
+    """
     case = CASES[case] if isinstance(case, str) else case
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = wrap(case.net(seed), **{**case.wrap, **options})
+        model = wrap(case.net(seed), **{"perceiver": False, **case.wrap, **options})
     if trained:
         moved(model.injector)
     return model

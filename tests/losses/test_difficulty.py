@@ -172,10 +172,11 @@ def finite(loss, restored, *rest):
 
 
 def test_identity_at_the_start_of_an_adapter():
-    """Restored equals degraded: value 1 / eps, and the gradient points to the target."""
+    """Restored equals degraded: sum of weights / eps, and the gradient points to the target."""
     _, target, degraded = images(3)
-    value, gradient = finite(DifficultyAdaptiveLoss(), degraded, target, degraded)
-    assert value == pytest.approx(2.0, rel=1e-4)
+    loss = DifficultyAdaptiveLoss()
+    value, gradient = finite(loss, degraded, target, degraded)
+    assert value == pytest.approx(2.0 * sum(loss.features.weights), rel=1e-4)
     assert (gradient * (target - degraded)).sum() < 0
 
 

@@ -13,6 +13,7 @@ from perceive_adapter.losses import (
     ModuleFeatures,
     resolve_features,
     timm_features,
+    tiny_features,
 )
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -307,6 +308,8 @@ def test_modules_see_normalized_images():
 def test_resolving():
     pyramid = FilterPyramid()
     assert resolve_features(pyramid) is pyramid
-    assert isinstance(resolve_features(None), FilterPyramid)
+    image = torch.rand(1, 3, 32, 32)
+    for given, expected in zip(resolve_features(None)(image), tiny_features()(image), strict=True):
+        assert torch.equal(given, expected)
     with pytest.raises(ConfigError, match=r"nn\.Module, got int"):
         resolve_features(3)

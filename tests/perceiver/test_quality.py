@@ -79,7 +79,7 @@ def test_score_weighs_tiers_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     perceiver = trained(tiers=("a", "b", "c", "d"), words=["bad", "poor", "fair", "good"])
     for index in range(4):
         logits = 1e4 * F.one_hot(torch.tensor([index]), 4).float()
-        monkeypatch.setattr(perceiver, "_logits", lambda _, logits=logits: logits)
+        monkeypatch.setattr(perceiver, "tier_logits", lambda _, logits=logits: logits)
         assert perceiver(IMAGES[:1]).score.item() == pytest.approx(index / 3)
 
 

@@ -184,6 +184,7 @@ def test_hostile_config(config: dict[str, Any], message: str, tmp_path: Path) ->
         ({"prompts.context": torch.zeros(3, 4, 17)}, "size mismatch for context"),
         ({"prompts.context": torch.zeros(3, 4, 16).int()}, "does not fit"),
         ({"prompts.context": torch.zeros(3, 4, 16).half()}, None),
+        ({"prompts.context": torch.full((3, 4, 16), float("nan"))}, "NaN or infinite"),
         ({"prompts.more": torch.zeros(1)}, "Unexpected key"),
         ({"towers.text.norm.weight": None}, "Missing key"),
         ({"towers.text.norm.weight": torch.ones(16).half()}, "expected one floating point dtype"),
@@ -238,14 +239,14 @@ def test_fingerprint_tells_what_decides_a_score() -> None:
 
 
 def test_real_architecture(tmp_path: Path) -> None:
-    """ViT-B/32 with random weights: creation, ten steps, save, load, the same bits."""
+    """ViT-B/32 with random weights: creation, 20 steps, save, load, the same bits."""
     perceiver = QualityPerceiver.create(pretrained=None)
     frozen = {n: t.clone() for n, t in perceiver.state_dict().items() if n != "prompts.context"}
     optimizer = torch.optim.AdamW([perceiver.prompts.context], lr=1e-2)
     brightness = torch.tensor([0.2, 0.6, 1.0]).reshape(3, 1, 1, 1)
-    batch, tier = brightness * images(3, 3, 224, 224), torch.arange(3)
+    batch, tier = brightness * images(3, 3, 64, 64), torch.arange(3)
     losses = []
-    for _ in range(10):
+    for _ in range(20):
         loss = perceiver.tier_loss(batch, tier)
         optimizer.zero_grad()
         loss.backward()

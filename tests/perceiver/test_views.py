@@ -1,11 +1,12 @@
 """Native-resolution views."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from perceive_adapter.data.views import native_views
+from perceive_adapter.data.views import even_views, native_views
 from perceive_adapter.errors import ConfigError, ImageError
 
 
@@ -70,29 +71,65 @@ def test_gradient_counts_the_views_of_a_pixel() -> None:
     assert image.grad[0, 0, :, 0].tolist() == [1.0] * 16 + [2.0] * 16 + [1.0] * 16
 
 
+@pytest.mark.parametrize("limit", [1, 2, 4, 16])
+def test_even_tiles_are_equal_and_cover_the_image(limit: int) -> None:
+    for height, width in itertools.product([1, 31, 32, 33, 65, 100], repeat=2):
+        image = positions(height, width)
+        tiles = even_views(image, 32, limit)
+        rows, columns = -(-height // 32), -(-width // 32)
+        if rows * columns > limit:
+            assert torch.equal(tiles, native_views(image, 32, limit))
+            continue
+        tile = height // rows, width // columns
+        assert tiles.shape == (1, rows * columns, 2, *tile)
+        corners = itertools.product(range(rows), range(columns))
+        for view, (row, column) in zip(tiles[0], corners, strict=True):
+            top, left = row * tile[0], column * tile[1]
+            assert torch.equal(view, image[0, :, top : top + tile[0], left : left + tile[1]])
+
+
+def test_even_tiles_take_turns_batch_wise_and_pass_gradients() -> None:
+    image = torch.rand(2, 3, 50, 33, requires_grad=True)
+    tiles = even_views(image, 32, 4)
+    assert tiles.shape == (2, 4, 3, 25, 16)
+    for one, of_one in zip(image, tiles, strict=True):
+        assert torch.equal(even_views(one[None], 32, 4)[0], of_one)
+    tiles.sum().backward()
+    assert image.grad is not None
+    # The 33rd column does not divide evenly, and is left out.
+    assert image.grad[0, 0, 0].tolist() == [1.0] * 32 + [0.0]
+
+
 class Mean(torch.nn.Module):
+    def __init__(self, views: Callable[[torch.Tensor, int, int], torch.Tensor]) -> None:
+        super().__init__()
+        self.views = views
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return native_views(image, 32, 4).mean((1, 2))
+        return self.views(image, 32, 4).mean((1, 2))
 
 
-def test_compiles_in_one_graph_for_any_size() -> None:
+@pytest.mark.parametrize("views", [native_views, even_views])
+def test_compiles_in_one_graph_for_any_size(views: Callable[..., torch.Tensor]) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(Mean(), backend="eager", fullgraph=True)
+    compiled = torch.compile(Mean(views), backend="eager", fullgraph=True)
     for size in [(20, 30), (70, 40), (90, 40), (200, 100)]:
         image = torch.rand(2, 3, *size)
-        assert torch.equal(compiled(image), Mean()(image))
+        assert torch.equal(compiled(image), Mean(views)(image))
 
 
-def test_exports() -> None:
-    image = torch.rand(1, 3, 70, 40)
-    exported = torch.export.export(Mean(), (image,))
-    assert torch.equal(exported.module()(image), Mean()(image))
+@pytest.mark.parametrize("views", [native_views, even_views])
+def test_exports(views: Callable[..., torch.Tensor]) -> None:
+    image = torch.rand(1, 3, 60, 40)
+    exported = torch.export.export(Mean(views), (image,))
+    assert torch.equal(exported.module()(image), Mean(views)(image))
 
 
-def test_errors() -> None:
+@pytest.mark.parametrize("views", [native_views, even_views])
+def test_errors(views: Callable[..., torch.Tensor]) -> None:
     for size, limit in [(0, 1), (1, 0), (-3, 4)]:
         with pytest.raises(ConfigError, match=f"size={size} and limit={limit}"):
-            native_views(torch.zeros(1, 3, 4, 4), size, limit)
+            views(torch.zeros(1, 3, 4, 4), size, limit)
     for shape in [(3, 4, 4), (1, 3, 0, 4), (1, 3, 4, 0)]:
         with pytest.raises(ImageError, match=r"expected \(B, C, H, W\)"):
-            native_views(torch.zeros(shape), 4, 4)
+            views(torch.zeros(shape), 4, 4)

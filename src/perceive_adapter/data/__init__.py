@@ -1,5 +1,5 @@
 """Images to train and measure on: degradations with a known severity."""
 
-from .degradations import DEGRADATIONS, Degradation, degrade
+from .degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, Degradation, degrade, mix
 
-__all__ = ["DEGRADATIONS", "Degradation", "degrade"]
+__all__ = ["DEGRADATIONS", "FAMILIES", "FAMILY_OF", "Degradation", "degrade", "mix"]

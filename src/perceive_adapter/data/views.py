@@ -6,7 +6,7 @@ from torch import Tensor, stack
 
 from perceive_adapter.errors import ConfigError, ImageError
 
-__all__ = ["native_views"]
+__all__ = ["even_views", "native_views"]
 
 
 def native_views(image: Tensor, size: int, limit: int) -> Tensor:
@@ -64,6 +64,42 @@ def native_views(image: Tensor, size: int, limit: int) -> Tensor:
         for left in _offsets(width - crop_width, columns)
     ]
     return stack(crops, dim=1)
+
+
+def even_views(image: Tensor, largest: int, limit: int) -> Tensor:
+    """Cut an image into equal tiles that do not overlap, none longer than ``largest`` pixels.
+
+    Where that would take more than ``limit`` tiles, spread crops of at most ``largest`` pixels
+    evenly, as :func:`native_views` does. Of sides that do not divide evenly, a few last pixels are
+    left out.
+
+    Args:
+        image: (B, C, H, W).
+        largest: longest side of a tile in pixels, at least 1.
+        limit: largest number of tiles, at least 1.
+
+    Returns:
+        (B, N, C, h, w), N from 1 to ``limit``, in rows from the top left. Differentiable.
+
+    Raises:
+        ImageError: as for :func:`native_views`.
+        ConfigError: as for :func:`native_views`.
+
+    Example:
+        >>> from torch import rand
+        >>> even_views(rand(1, 3, 300, 481), largest=256, limit=16).shape
+        torch.Size([1, 4, 3, 150, 240])
+    """
+    height, width = image.shape[-2:]
+    if largest < 1 or image.ndim != 4 or 0 in (height, width):
+        return native_views(image, largest, limit)  # which says what is wrong
+    rows, columns = -(-height // largest), -(-width // largest)
+    if rows * columns > limit:
+        return native_views(image, largest, limit)
+    tile_height, tile_width = height // rows, width // columns
+    cut = image[..., : rows * tile_height, : columns * tile_width]
+    tiles = cut.reshape(*image.shape[:2], rows, tile_height, columns, tile_width)
+    return tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 def _grid(height: float, width: float, limit: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from perceive_adapter import hub
 from perceive_adapter._version import __version__
 from perceive_adapter.config import AdapterConfig, from_dict, to_dict
 from perceive_adapter.errors import (
@@ -22,7 +23,7 @@ from perceive_adapter.errors import (
     ConfigError,
     SiteError,
 )
-from perceive_adapter.hub import load_folder, push_folder, resolve, save_folder
+from perceive_adapter.folders import figures_table, save_folder
 from perceive_adapter.injection.injector import PromptInjector, modules_at
 from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.plan import SitePlan
@@ -112,7 +113,11 @@ def fingerprint(backbone: nn.Module, originals: Mapping[str, Tensor] | None = No
     return digest.hexdigest()
 
 
-def save_adapter(model: PerceiveModel, folder: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: PerceiveModel,
+    folder: str | os.PathLike[str],
+    figures: Mapping[str, float | str] | None = None,
+) -> None:
     """See :meth:`PerceiveModel.save_pretrained`."""
     frozen = model.frozen
     if not model.injector.attached:
@@ -142,15 +147,20 @@ def save_adapter(model: PerceiveModel, folder: str | os.PathLike[str]) -> None:
         tensors=tensors,
         config_name=CONFIG_NAME,
         tensors_name=TENSORS_NAME,
-        card=_card(model, record),
+        card=_card(model, record, figures),
     )
 
 
-def push_adapter(model: PerceiveModel, repo_id: str, **options: Any) -> str:
-    """See :meth:`PerceiveModel.push_to_hub`."""
+def push_adapter(
+    model: PerceiveModel,
+    repo_id: str,
+    figures: Mapping[str, float | str] | None = None,
+    **options: Any,
+) -> str:
+    """See :meth:`PerceiveModel.push_to_hub`; ``figures`` were measured, for the model card."""
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, folder)
-        return push_folder(folder, repo_id, **options)
+        save_adapter(model, folder, figures)
+        return hub.push_folder(folder, repo_id, **options)
 
 
 def read_adapter(name_or_path: str | os.PathLike[str], backbone: nn.Module) -> AdapterFile:
@@ -162,7 +172,7 @@ def read_adapter(name_or_path: str | os.PathLike[str], backbone: nn.Module) -> A
         AdapterMismatchError: it belongs to a backbone with other modules or shapes.
     """
     where = str(name_or_path)
-    data, tensors = load_folder(resolve(name_or_path), CONFIG_NAME, TENSORS_NAME)
+    _, data, tensors = hub.load(name_or_path, CONFIG_NAME, TENSORS_NAME)
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
@@ -271,7 +281,9 @@ def agree(name: str, given: Any, default: Any, saved: Any) -> Any:
     return saved
 
 
-def _card(model: PerceiveModel, record: AdapterRecord) -> str:
+def _card(
+    model: PerceiveModel, record: AdapterRecord, figures: Mapping[str, float | str] | None
+) -> str:
     plan = record.plan
     share = 100 * plan.parameters / max(plan.backbone_parameters, 1)
     steered = ", ".join(model.injector.encoder.sources)
@@ -300,6 +312,8 @@ restored = model.restore("photo.jpg")
 | level sites | {len(plan.of("level"))}, {record.config.level} |
 | layer sites | {len(plan.of("layer"))}, {record.config.layer} |
 | backbone parameters trained with it | {len(model.frozen.originals)} |
+
+{figures_table(figures)}
 
 ## Sites
 ```

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError
+from perceive_adapter.perceiver.trunk import load_trunk
 
 __all__ = ["SemanticGuidance"]
 
@@ -22,8 +23,9 @@ class SemanticGuidance(nn.Module):
     https://arxiv.org/abs/2408.15994.
 
     Args:
-        model: timm name, such as ``"vit_small_patch14_dinov2.lvd142m"``. A model without class
-            tokens gives the mean of its last feature map, one depth.
+        model: timm name, such as ``"vit_small_patch14_dinov2.lvd142m"``, or ``"perceive-tiny"``,
+            whose image tower is bundled and needs no download. A model without class tokens gives
+            the mean of its last feature map, one depth.
         weights: weight file; None downloads timm's pretrained weights.
 
     Shape:
@@ -68,6 +70,8 @@ class SemanticGuidance(nn.Module):
 
 
 def _load(model: str, weights: str | None) -> Any:
+    if model == "perceive-tiny":
+        return load_trunk()
     import timm
 
     if weights is not None and not weights.endswith(".safetensors"):

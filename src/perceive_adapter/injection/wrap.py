@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.perceiver.quality import QualityPerceiver
 
 __all__ = ["wrap"]
+
+DEFAULT_PERCEIVER = "perceive-tiny"
 
 PerceiverLike: TypeAlias = Union[QualityPerceiver, str, "os.PathLike[str]", Literal[False], None]
 
@@ -49,8 +53,10 @@ def wrap(
             discovers them within the parameter budget.
         config: kinds of prompt modules, rank, sources, budget. Only for a new adapter.
         perceiver: what steers the prompts besides the compact features, frozen: a
-            :class:`~perceive_adapter.QualityPerceiver`, a folder or a Hub repository. None and
-            False are none, None for a saved adapter the one that it was trained with.
+            :class:`~perceive_adapter.QualityPerceiver`, a folder or a Hub repository; False for
+            none. None is the bundled ``perceive-tiny`` where ``config`` names no sources and the
+            backbone's images are RGB or gray, and for a saved adapter the one that it was trained
+            with.
         example: input for the dry run, where (1, C, 64, 64) does not fit: an image, or a tuple or
             mapping of all arguments.
         image_arg: position or keyword of the image among the backbone's arguments.
@@ -83,11 +89,19 @@ def wrap(
                 "or leave out the adapter"
             )
         return _load(backbone, pretrained, perceiver, argument, values, bool(is_trainable))
-    found = _load_perceiver(perceiver)
     config = config or AdapterConfig()
+    by_default = perceiver is None and config.sources is None
+    if by_default:
+        perceiver = DEFAULT_PERCEIVER
+    found = _load_perceiver(perceiver)
     semantic = _build_semantic(config)
-    config = _with_sources(config, found, semantic)
-    plan = plan_sites(backbone, sites=sites, config=config, example=example, image_arg=image_arg)
+    given, config = config, _with_sources(config, found, semantic)
+    where = {"sites": sites, "example": example, "image_arg": image_arg}
+    plan = plan_sites(backbone, config=config, **where)
+    if by_default and plan.image_channels not in (1, 3):  # which the perceiver cannot see
+        found = perceiver = None
+        config = _with_sources(given, found, semantic)
+        plan = plan_sites(backbone, config=config, **where)
     return _assemble(
         backbone,
         PromptInjector(plan, config),
@@ -165,12 +179,19 @@ def _load_perceiver(perceiver: PerceiverLike) -> QualityPerceiver | None:
         return None
     if isinstance(perceiver, QualityPerceiver):
         return perceiver
+    if perceiver == DEFAULT_PERCEIVER:
+        return copy.deepcopy(_default_perceiver())  # models may live on different devices
     if isinstance(perceiver, (str, os.PathLike)):
         return QualityPerceiver.from_pretrained(perceiver)
     raise ConfigError(
         f"perceiver is a {type(perceiver).__name__}; expected a QualityPerceiver, a folder, a Hub "
         "repository, None or False"
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _default_perceiver() -> QualityPerceiver:
+    return QualityPerceiver.from_pretrained(DEFAULT_PERCEIVER)
 
 
 def _name_of(perceiver: PerceiverLike) -> str | None:

@@ -13,6 +13,7 @@ from perceive_adapter.losses.features import (
     ModuleFeatures,
     resolve_features,
     timm_features,
+    tiny_features,
 )
 from perceive_adapter.losses.objective import ObjectiveTerms, ObjectiveWeights, RestorationObjective
 
@@ -28,4 +29,5 @@ __all__ = [
     "RestorationObjective",
     "resolve_features",
     "timm_features",
+    "tiny_features",
 ]

@@ -46,9 +46,10 @@ class DifficultyAdaptiveLoss(nn.Module):
     CVPR 2021, contrastive regularization (the ratio of distances).
 
     Args:
-        features: None for `FilterPyramid` (an image level and four DCT levels, equal weights), a
-            timm name (``vgg16``: relu1_2, conv2_2, relu3_1, relu3_3 with weights 1/12, 1/6, 1/3, 1,
-            as in the paper), or a module (see `ModuleFeatures`).
+        features: None for the image tower of the bundled perceiver (four levels, at 1/2 to 1/16 of
+            the resolution, with weights 1/12, 1/6, 1/3, 1, see `tiny_features`), a timm name
+            (``vgg16``: relu1_2, conv2_2, relu3_1, relu3_3 with those weights, as in the paper), or
+            a module (see `ModuleFeatures`; `FilterPyramid` is one without learned weights).
         hard_weight: of medium images that the network has overtaken.
         easy_weight: of medium images that are still better than the network's.
         degraded_weight: of the degraded image.
@@ -63,8 +64,8 @@ class DifficultyAdaptiveLoss(nn.Module):
         >>> loss = DifficultyAdaptiveLoss()
         >>> target = torch.full((1, 3, 8, 8), 0.5)
         >>> degraded = target + 0.25
-        >>> round(loss(degraded, target, degraded).item(), 4)  # weight 1/5, value 2: DC only
-        0.4
+        >>> round(loss(degraded, target, degraded).item(), 4)  # 2, times the weights' sum
+        3.1667
         >>> loss(target, target, degraded, medium=[target + 0.1]).item()
         0.0
     """

@@ -12,6 +12,7 @@ from perceive_adapter.errors import ConfigError, LossInputError
 from perceive_adapter.losses._frozen import Frozen
 from perceive_adapter.losses._inputs import check_number
 from perceive_adapter.losses._timm import build_timm
+from perceive_adapter.perceiver.trunk import StatisticsTrunk, load_trunk
 
 
 @runtime_checkable
@@ -29,7 +30,7 @@ class FeatureExtractor(Protocol):
 
 
 class FilterPyramid(nn.Module):
-    """Image and its local frequencies at several scales; the default features.
+    """Image and its local frequencies at several scales.
 
     Nothing in it is learned, drawn at random or downloaded. Level 0 is the image. Level s of
     1 ... `scales` is the response, per colour channel, to the eight AC filters of the orthonormal
@@ -37,8 +38,7 @@ class FilterPyramid(nn.Module):
     default of four scales that is (B, 3, H, W), (B, 24, H, W), (B, 24, H/2, W/2),
     (B, 24, H/4, W/4) and (B, 24, H/8, W/8), sizes rounded up. Level 0 sees brightness and colour
     (haze, low light), the others what noise, rain, blur and JPEG change. All levels weigh the
-    same, and the weights sum to 1. A tower distilled from CLIP becomes the default in a later
-    release.
+    same, and the weights sum to 1.
 
     Args:
         scales: number of DCT levels, at least 1.
@@ -144,6 +144,35 @@ class ModuleFeatures(nn.Module):
         return levels
 
 
+def tiny_features() -> ModuleFeatures:
+    """Build the default features: the image tower of the bundled perceiver, perceive-tiny.
+
+    It was trained to tell degradations and their severity. Its four levels, at 1/2, 1/4, 1/8 and
+    1/16 of the resolution with 32, 64, 128 and 192 channels, have the weights that Perceive-IR
+    gives its four VGG levels: 1/12, 1/6, 1/3 and 1.
+
+    Example:
+        >>> [tuple(level.shape) for level in tiny_features()(torch.rand(2, 3, 32, 48))]
+        [(2, 32, 16, 24), (2, 64, 8, 12), (2, 128, 4, 6), (2, 192, 2, 3)]
+    """
+    trunk = load_trunk()
+    config = trunk.pretrained_cfg
+    return ModuleFeatures(
+        _Levels(trunk), (1 / 12, 1 / 6, 1 / 3, 1.0), mean=config["mean"], std=config["std"]
+    )
+
+
+class _Levels(nn.Module):
+    """The feature maps of a trunk's stages."""
+
+    def __init__(self, trunk: StatisticsTrunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.trunk.levels(image)
+
+
 def timm_features(name: str, *, pretrained: bool = True) -> ModuleFeatures:
     """Build frozen features from a timm network, normalised as its pretrained weights expect.
 
@@ -176,7 +205,7 @@ def resolve_features(features: str | nn.Module | None) -> nn.Module:
     """Turn what a user may name as features into a frozen `FeatureExtractor` module.
 
     Args:
-        features: None for `FilterPyramid`, a timm name (see `timm_features`), or a module (see
+        features: None for `tiny_features`, a timm name (see `timm_features`), or a module (see
             `ModuleFeatures`).
 
     Raises:
@@ -184,11 +213,11 @@ def resolve_features(features: str | nn.Module | None) -> nn.Module:
         MissingDependencyError: a name is given and timm cannot be imported.
 
     Example:
-        >>> type(resolve_features(None)).__name__, type(resolve_features(nn.ReLU())).__name__
-        ('FilterPyramid', 'ModuleFeatures')
+        >>> resolve_features(None).weights[-1], resolve_features(nn.ReLU()).weights
+        (1.0, None)
     """
     if features is None:
-        return FilterPyramid()
+        return tiny_features()
     if isinstance(features, str):
         return timm_features(features)
     if isinstance(features, FilterPyramid | ModuleFeatures):
@@ -196,7 +225,7 @@ def resolve_features(features: str | nn.Module | None) -> nn.Module:
     if isinstance(features, nn.Module):
         return ModuleFeatures(features)
     raise ConfigError(
-        "features must be None (FilterPyramid), a timm name such as 'vgg16', or an nn.Module, "
+        "features must be None (perceive-tiny's), a timm name such as 'vgg16', or an nn.Module, "
         f"got {type(features).__name__}"
     )
 

@@ -74,7 +74,7 @@ class RestorationObjective(nn.Module):
     Args:
         weights: of the terms; None for the paper's 1, 0.1, 0.05 and 0.1.
         contrastive: None for the default `DegradationContrastiveLoss`.
-        clip_aware: None for no such term, since there is no default perceiver.
+        clip_aware: None for no such term; a `ClipAwareLoss` of a perceiver for one.
         difficulty_adaptive: None for the default `DifficultyAdaptiveLoss`.
 
     Example:
@@ -83,7 +83,7 @@ class RestorationObjective(nn.Module):
         >>> target = torch.full((1, 3, 8, 8), 0.5)
         >>> terms = objective(target + 0.25, target, degraded=target + 0.25)
         >>> {name: round(value.item(), 4) for name, value in terms.as_dict().items()}
-        {'total': 0.29, 'l1': 0.25, 'difficulty_adaptive': 0.4}
+        {'total': 0.5667, 'l1': 0.25, 'difficulty_adaptive': 3.1667}
     """
 
     def __init__(

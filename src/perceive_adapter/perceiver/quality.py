@@ -1,20 +1,22 @@
 """A perceiver of image quality: learnable tier prompts on a frozen CLIP."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from warnings import warn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceive_adapter.data.views import native_views
+from perceive_adapter.data.views import even_views, native_views
 from perceive_adapter.errors import LossInputError, UntrainedPerceiverWarning
-from perceive_adapter.perceiver import saving
+from perceive_adapter.perceiver import official, saving
 from perceive_adapter.perceiver.checks import check_finite, check_image
 from perceive_adapter.perceiver.config import Architecture, PerceiverConfig
+from perceive_adapter.perceiver.heads import DegradationHeads
+from perceive_adapter.perceiver.maps import quality_map
 from perceive_adapter.perceiver.perceived import Perceived
 from perceive_adapter.perceiver.prompts import TierPrompts, tier_words
 from perceive_adapter.perceiver.towers import ClipTowers, build_clip, embed_words
@@ -34,15 +36,16 @@ class QualityPerceiver(nn.Module):
     An image is perceived through at most ``config.views`` square crops at native resolution
     (:func:`~perceive_adapter.data.views.native_views`), of the size that the image tower takes:
     noise is not averaged away, and memory does not grow with the image. Their unit embeddings are
-    averaged. Only what is smaller than the tower's input is enlarged.
+    averaged. Only what is smaller than the tower's input is enlarged; ``perceive-tiny`` takes any
+    size as it is.
 
     Text features are computed once while the context is frozen (``requires_grad_(False)``, as
     :meth:`from_pretrained` leaves it), and at every call while it trains.
 
-    Source: stage 1 of Perceive-IR (IEEE TIP 2025, https://arxiv.org/abs/2408.15994).
+    Source: stage 1 of Perceive-IR (IEEE TIP 2025, https://arxiv.org/abs/2408.15994). The heads that
+    tell which degradations are present, and how severe they are, are beyond the paper.
 
     Attributes:
-        degradations: names of the degradations that it tells apart; none.
         lower_better: False, since a higher score is better.
         score_range: (0.0, 1.0).
 
@@ -64,14 +67,20 @@ class QualityPerceiver(nn.Module):
         torch.Size([2, 3])
     """
 
-    degradations: ClassVar[tuple[str, ...]] = ()
     lower_better: ClassVar[bool] = False
     score_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
-    def __init__(self, towers: ClipTowers, prompts: TierPrompts, config: PerceiverConfig) -> None:
+    def __init__(
+        self,
+        towers: ClipTowers,
+        prompts: TierPrompts,
+        config: PerceiverConfig,
+        heads: DegradationHeads | None = None,
+    ) -> None:
         super().__init__()
         self.towers = towers
         self.prompts = prompts
+        self.heads = heads
         self.config = config
         self._text_cache: tuple[Tensor, tuple[object, ...], Tensor] | None = None
         self._scored = False
@@ -86,6 +95,8 @@ class QualityPerceiver(nn.Module):
         context_length: int = 16,
         seed: int = 0,
         views: int = 4,
+        degradations: Sequence[str] = (),
+        vocabulary: Sequence[str] | None = None,
     ) -> "QualityPerceiver":
         """Make a perceiver with untrained prompts.
 
@@ -101,6 +112,9 @@ class QualityPerceiver(nn.Module):
             seed: of the prompts, and of the towers where ``pretrained`` is None; the global
                 generators are left alone.
             views: largest number of crops that stand for an image.
+            degradations: names of those that heads will tell apart, such as
+                ``perceive_adapter.data.FAMILIES``; untrained, like the prompts.
+            vocabulary: words of the text tower, where it was trained with a reduced vocabulary.
 
         Raises:
             ConfigError: an argument cannot work, or the weights do not belong to the model.
@@ -114,14 +128,52 @@ class QualityPerceiver(nn.Module):
             words=tier_words(tiers, words),
             context_length=context_length,
             views=views,
+            degradations=tuple(degradations),
+            vocabulary=None if vocabulary is None else tuple(vocabulary),
         )
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
             model = build_clip(clip, pretrained)
-            towers = ClipTowers(model, length=context_length + 2)
-            words_start_end = embed_words(model, config.words)
+            towers = ClipTowers(model, context_length + 2, config.vocabulary)
+            words_start_end = embed_words(model, config.words, config.vocabulary)
+            names = config.degradations
+            heads = DegradationHeads(towers.embedding_dim, names) if names else None
         prompts = TierPrompts.draw(*words_start_end, length=context_length, seed=seed)
-        return cls(towers, prompts, config)
+        return cls(towers, prompts, config, heads)
+
+    @classmethod
+    def from_official_prompts(
+        cls,
+        file: str | os.PathLike[str],
+        *,
+        clip: str | Architecture = "ViT-B-32-quickgelu",
+        pretrained: str | os.PathLike[str] | None = "openai",
+        views: int = 4,
+    ) -> "QualityPerceiver":
+        """Import trained prompts from a file in the format of Perceive-IR's release.
+
+        The file is read without running any code in it. The perceiver is frozen, as one that was
+        loaded is; :meth:`save_pretrained` keeps it in this package's format.
+
+        Args:
+            file: what ``torch.save`` wrote, a dict with the key ``prompt_learner``: ``context``
+                (3, 16, 512), ``token_prefix``, ``token_suffix``, ``tokenized_prompts``; tiers low,
+                medium, high.
+            clip: the CLIP that the prompts were trained on.
+            pretrained: its weights, as in :meth:`create`.
+            views: largest number of crops that stand for an image.
+
+        Raises:
+            CheckpointError: the file cannot be read, needs more than tensors, holds something
+                else, or belongs to another CLIP.
+            ConfigError: an argument cannot work.
+        """
+        prompts = official.read_prompts(file)
+        length = prompts.context.shape[1]
+        perceiver = cls.create(clip, pretrained, context_length=length, views=views)
+        official.put_prompts(perceiver.prompts, prompts, os.fspath(file))
+        perceiver.prompts.requires_grad_(False)
+        return perceiver
 
     @classmethod
     def from_pretrained(
@@ -137,12 +189,13 @@ class QualityPerceiver(nn.Module):
         """Load a folder that :meth:`save_pretrained` wrote, or a Hub repository of one.
 
         Args:
-            name_or_path: folder, or ``user/repo``.
+            name_or_path: ``perceive-tiny``, which is bundled, a folder, ``user/repo``, or
+                ``user/repo@revision``.
             revision: branch, tag or commit of the repository.
             token: access token to the Hub.
             cache_dir: cache in place of huggingface_hub's own.
             local_files_only: make no request for the repository.
-            is_trainable: whether the prompts' context requires a gradient.
+            is_trainable: whether the prompts' context and the heads require a gradient.
 
         Raises:
             CheckpointError: there is no such perceiver, it is damaged, or open_clip now builds
@@ -156,19 +209,44 @@ class QualityPerceiver(nn.Module):
             local_files_only=local_files_only,
         )
         perceiver = cls(*loaded.parts)
-        perceiver.prompts.requires_grad_(is_trainable)
+        perceiver.requires_grad_(False)
+        for part in (perceiver.prompts, perceiver.heads):
+            if part is not None:
+                part.requires_grad_(is_trainable)
         saving.check_probe(perceiver, loaded)
         return perceiver
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, figures: Mapping[str, float | str] | None = None
+    ) -> Path:
         """Write ``perceiver_config.json``, ``perceiver_model.safetensors`` and a model card.
 
         The towers are saved too unless open_clip can name and load their weights.
 
+        Args:
+            folder: made if it does not exist.
+            figures: what was measured of this perceiver, for the model card.
+
         Raises:
             CheckpointError: ``folder`` is a file.
         """
-        return saving.save(self, folder)
+        return saving.save(self, folder, figures)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save the perceiver and upload it to the Hugging Face Hub.
+
+        Args:
+            repo_id: ``user/repo``.
+            **options: ``figures`` for the model card, and those of
+                :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            CheckpointError: the Hub refuses or cannot be reached.
+        """
+        return saving.push(self, repo_id, **options)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of what decides a score, in 64 hexadecimal digits.
@@ -182,6 +260,11 @@ class QualityPerceiver(nn.Module):
     def tiers(self) -> tuple[str, ...]:
         """Names of the tiers, from worst to best."""
         return self.config.tiers
+
+    @property
+    def degradations(self) -> tuple[str, ...]:
+        """Names of the degradations that it tells apart; none where it has no heads."""
+        return self.config.degradations
 
     @property
     def embedding_dim(self) -> int:
@@ -200,7 +283,8 @@ class QualityPerceiver(nn.Module):
             image: (B, 3, H, W), RGB in [0, 1], floating point, any size.
 
         Returns:
-            Score, tier probabilities and embedding, in single precision or better.
+            Score, tier probabilities, presence and severity of the degradations, and embedding, in
+            single precision or better.
 
         Raises:
             ImageError: the image has another shape or dtype, is empty, or, where telling costs
@@ -211,11 +295,30 @@ class QualityPerceiver(nn.Module):
         """
         self._warn_if_untrained()
         embedding = self.embed(image)
-        tiers = self._logits(embedding).softmax(dim=1)
+        tiers = self.tier_logits(embedding).softmax(dim=1)
         check_finite(tiers)
         ranks = torch.linspace(0, 1, len(self.tiers), dtype=tiers.dtype, device=tiers.device)
-        none = tiers.new_zeros(len(tiers), 0)
-        return Perceived((tiers * ranks).sum(dim=1), tiers, none, none, embedding)
+        presence = severity = tiers.new_zeros(len(tiers), 0)
+        if self.heads is not None:
+            presence, severity = (logits.sigmoid() for logits in self.heads(embedding))
+        return Perceived((tiers * ranks).sum(dim=1), tiers, presence, severity, embedding)
+
+    def quality_map(self, image: Tensor, patch: int | None = None) -> Tensor:
+        """Score the image patch by patch, without gradients.
+
+        Args:
+            image: (B, 3, H, W), RGB in [0, 1], floating point, any size.
+            patch: side of a patch in pixels, 16 or more; patches overlap by half. None takes 64,
+                or the size of the image tower where it takes no other.
+
+        Returns:
+            (B, h, w) scores in [0, 1], one for each patch, from the top left on.
+
+        Raises:
+            ImageError: as for calling the perceiver.
+            ConfigError: ``patch`` is too small.
+        """
+        return quality_map(self, image, patch)
 
     def logits(self, image: Tensor) -> Tensor:
         """Return ``logit_scale * cos(image, prompt)``, (B, K), for images (B, 3, H, W) in [0, 1].
@@ -223,7 +326,7 @@ class QualityPerceiver(nn.Module):
         Raises:
             ImageError: as for calling the perceiver, except that values are not checked.
         """
-        return self._logits(self.embed(image))
+        return self.tier_logits(self.embed(image))
 
     def tier_loss(self, image: Tensor, tier: Tensor) -> Tensor:
         """Return stage 1's loss, the cross entropy over tiers, a scalar.
@@ -250,9 +353,12 @@ class QualityPerceiver(nn.Module):
             ImageError: the image has another shape or dtype.
         """
         check_image(image)
-        # Square crops, so that an image narrower than the tower's input is not distorted.
-        size = min(*self.towers.image_size, *image.shape[-2:])
-        views = native_views(image, size, self.config.views)
+        if self.towers.takes_any_size:
+            views = even_views(image, min(self.towers.image_size), self.config.views)
+        else:
+            # Square crops, so that an image narrower than the tower's input is not distorted.
+            size = min(*self.towers.image_size, *image.shape[-2:])
+            views = native_views(image, size, self.config.views)
         embeddings = self.towers.encode_image(views.flatten(0, 1))
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return F.normalize(embeddings.reshape(*views.shape[:2], -1).mean(dim=1), dim=1)
@@ -276,7 +382,8 @@ class QualityPerceiver(nn.Module):
         self._text_cache = context, key, features
         return features
 
-    def _logits(self, embedding: Tensor) -> Tensor:
+    def tier_logits(self, embedding: Tensor) -> Tensor:
+        """Return the logits (B, K) of embeddings (B, E) that :meth:`embed` gave."""
         # A sum of products rather than a matrix product, which autocast would round to half.
         text = self.text_features().to(embedding.dtype)
         cosine = (embedding.unsqueeze(1) * text).sum(dim=2)

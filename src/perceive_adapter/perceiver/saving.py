@@ -3,27 +3,39 @@
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from perceive_adapter import hub
 from perceive_adapter._version import __version__
 from perceive_adapter.config import from_dict, to_dict
 from perceive_adapter.errors import CheckpointError, ConfigError
-from perceive_adapter.hub import load_folder, resolve, save_folder
+from perceive_adapter.folders import figures_table, save_folder
+from perceive_adapter.perceiver.bundled import CONFIG_NAME, TENSORS_NAME, locate
 from perceive_adapter.perceiver.config import PerceiverConfig
+from perceive_adapter.perceiver.heads import DegradationHeads
 from perceive_adapter.perceiver.prompts import TierPrompts
 from perceive_adapter.perceiver.towers import ClipTowers, build_clip
 
 if TYPE_CHECKING:
     from perceive_adapter.perceiver.quality import QualityPerceiver
 
-__all__ = ["CONFIG_NAME", "TENSORS_NAME", "Loaded", "check_probe", "fingerprint", "load", "save"]
+__all__ = [
+    "CONFIG_NAME",
+    "TENSORS_NAME",
+    "Loaded",
+    "check_probe",
+    "fingerprint",
+    "load",
+    "push",
+    "save",
+]
 
-CONFIG_NAME = "perceiver_config.json"
-TENSORS_NAME = "perceiver_model.safetensors"
 _PROBE_COSINE = 0.999
 _CARD = """---
 library_name: perceive_adapter
@@ -54,30 +66,50 @@ perceiver = QualityPerceiver.from_pretrained("path/to/this/folder")
 perceived = perceiver(image)  # (B, 3, H, W), RGB in [0, 1]
 perceived.score, perceived.tiers
 ```
+
+{figures}
 """
 
 
 class Loaded(NamedTuple):
     """The parts of a loaded perceiver, its embedding of the probe image, and where it came from."""
 
-    parts: tuple[ClipTowers, TierPrompts, PerceiverConfig]
+    parts: tuple[ClipTowers, TierPrompts, PerceiverConfig, DegradationHeads | None]
     probe: Tensor
     where: str
 
 
-def save(perceiver: "QualityPerceiver", folder: str | os.PathLike[str]) -> Path:
+def save(
+    perceiver: "QualityPerceiver",
+    folder: str | os.PathLike[str],
+    figures: Mapping[str, float | str] | None = None,
+) -> Path:
     """Write a perceiver's folder; the towers only where open_clip cannot name their weights."""
     tensors = _prefixed("prompts", perceiver.prompts)
     if perceiver.config.pretrained is None:
         tensors |= _prefixed("towers", perceiver.towers)
+    if perceiver.heads is not None:
+        tensors |= _prefixed("heads", perceiver.heads)
     return save_folder(
         folder,
         config=to_dict(perceiver.config) | {"perceive_adapter_version": __version__},
         tensors=tensors | {"probe": _probe(perceiver)},
         config_name=CONFIG_NAME,
         tensors_name=TENSORS_NAME,
-        card=_card(perceiver),
+        card=_card(perceiver, figures),
     )
+
+
+def push(
+    perceiver: "QualityPerceiver",
+    repo_id: str,
+    figures: Mapping[str, float | str] | None = None,
+    **options: Any,
+) -> str:
+    """Save a perceiver and upload it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(perceiver, folder, figures)
+        return hub.push_folder(folder, repo_id, **options)
 
 
 def load(
@@ -93,14 +125,15 @@ def load(
     Raises:
         CheckpointError: it is missing or damaged, or its parts do not fit each other.
     """
-    folder = resolve(
-        name_or_path,
-        revision,
+    folder, raw, tensors = hub.load(
+        locate(name_or_path),
+        CONFIG_NAME,
+        TENSORS_NAME,
+        revision=revision,
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    raw, tensors = load_folder(folder, CONFIG_NAME, TENSORS_NAME)
     raw.pop("perceive_adapter_version", None)
     config = from_dict(PerceiverConfig, raw, f"{CONFIG_NAME} in {str(folder)!r}")
     where = f"{TENSORS_NAME} in {str(folder)!r}"
@@ -108,6 +141,7 @@ def load(
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             towers, prompts = _build_parts(config, tensors)
+            heads = _saved_heads(config, towers.embedding_dim, tensors)
     except (ConfigError, RuntimeError) as error:
         raise CheckpointError(
             f"{where} does not fit its {CONFIG_NAME}: {error} Save the perceiver again."
@@ -118,7 +152,7 @@ def load(
             f"and unknown tensors {sorted(tensors)}: expected a probe of shape "
             f"({towers.embedding_dim},) and nothing unknown. Save the perceiver again."
         )
-    return Loaded((towers, prompts, config), probe, where)
+    return Loaded((towers, prompts, config, heads), probe, where)
 
 
 def check_probe(perceiver: "QualityPerceiver", loaded: Loaded) -> None:
@@ -141,7 +175,11 @@ def check_probe(perceiver: "QualityPerceiver", loaded: Loaded) -> None:
 def fingerprint(perceiver: "QualityPerceiver") -> str:
     """Hash what decides a perceiver's score."""
     digest = hashlib.sha256()
-    settings = {"tiers": perceiver.tiers, "views": perceiver.config.views}
+    settings = {
+        "tiers": perceiver.tiers,
+        "degradations": perceiver.degradations,
+        "views": perceiver.config.views,
+    }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(perceiver.state_dict().items()):
         if name != "prompts.initial":
@@ -166,12 +204,27 @@ def _build_parts(
     if not own_weights:
         towers.to(prompts.context.dtype)
     _check_dtypes(prompts)
+    if not prompts.context.isfinite().all():
+        raise ConfigError("its prompts have NaN or infinite values: expected finite ones.")
     _check_dtypes(towers)
     return towers, prompts
 
 
 def _build_towers(config: PerceiverConfig) -> ClipTowers:
-    return ClipTowers(build_clip(config.clip, config.pretrained), config.context_length + 2)
+    clip = build_clip(config.clip, config.pretrained)
+    return ClipTowers(clip, config.context_length + 2, config.vocabulary)
+
+
+def _saved_heads(
+    config: PerceiverConfig, embedding_dim: int, tensors: dict[str, Tensor]
+) -> DegradationHeads | None:
+    if not config.degradations:
+        return None
+    with torch.device("meta"):
+        heads = DegradationHeads(embedding_dim, config.degradations)
+    heads.load_state_dict(_take("heads", tensors), assign=True)
+    _check_dtypes(heads)
+    return heads
 
 
 def _saved_towers(config: PerceiverConfig, tensors: dict[str, Tensor]) -> ClipTowers:
@@ -214,7 +267,7 @@ def _check_dtypes(module: nn.Module) -> None:
         raise ConfigError(f"its weights have dtypes {names}: expected one floating point dtype.")
 
 
-def _card(perceiver: "QualityPerceiver") -> str:
+def _card(perceiver: "QualityPerceiver", figures: Mapping[str, float | str] | None) -> str:
     config = perceiver.config
     clip = config.clip if isinstance(config.clip, str) else "a custom architecture"
     if config.pretrained is None:
@@ -234,4 +287,5 @@ def _card(perceiver: "QualityPerceiver") -> str:
         state=state,
         views=config.views,
         rows=rows,
+        figures=figures_table(figures),
     )

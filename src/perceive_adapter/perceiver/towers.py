@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from perceive_adapter.errors import CheckpointError, ConfigError
 from perceive_adapter.perceiver.config import Architecture
+from perceive_adapter.perceiver.trunk import register_trunk
+from perceive_adapter.perceiver.vocabulary import WordTokenizer
 
 __all__ = ["ClipTowers", "PromptEncoder", "build_clip", "embed_words"]
 
@@ -56,18 +58,22 @@ class PromptEncoder(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Encode (K, L, W) token embeddings, the last one the end of the text, to (K, E)."""
-        tokens = embeddings.to(self.positions.dtype) + self.positions
-        tokens = self.norm(self.transformer(tokens, attn_mask=self.mask))
+        length = embeddings.shape[1]
+        tokens = embeddings.to(self.positions.dtype) + self.positions[:length]
+        tokens = self.norm(self.transformer(tokens, attn_mask=self.mask[:length, :length]))
         features: Tensor = self.projection(tokens[:, -1])
         return features
 
 
 class ClipTowers(nn.Module):
-    """Both towers of a CLIP, frozen and in eval mode for good, without the token table.
+    """Both towers of a CLIP, frozen and in eval mode for good.
+
+    CLIP's own token table is left out; a reduced one is small, and lets texts be encoded.
 
     Args:
         clip: open_clip model.
         length: tokens of a prompt, start and end included.
+        vocabulary: words of the text tower, where it does not have CLIP's own.
 
     Raises:
         ConfigError: the text tower does not fit, as :class:`PromptEncoder` says.
@@ -76,7 +82,7 @@ class ClipTowers(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: Any, length: int) -> None:
+    def __init__(self, clip: Any, length: int, vocabulary: Sequence[str] | None = None) -> None:
         super().__init__()
         from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
@@ -87,6 +93,8 @@ class ClipTowers(nn.Module):
         std = getattr(clip.visual, "image_std", None) or OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
+        self.tokenize = WordTokenizer(vocabulary, length) if vocabulary else None
+        self.tokens: nn.Module | None = _text_tower(clip).token_embedding if vocabulary else None
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "ClipTowers":
@@ -100,6 +108,11 @@ class ClipTowers(nn.Module):
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     @property
+    def takes_any_size(self) -> bool:
+        """Whether the image tower takes images of any size as they are."""
+        return bool(getattr(getattr(self.visual, "trunk", None), "takes_any_size", False))
+
+    @property
     def embedding_dim(self) -> int:
         """Width of the space that both towers map to."""
         return self.text.embedding_dim
@@ -107,11 +120,11 @@ class ClipTowers(nn.Module):
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode (B, 3, H, W), RGB in [0, 1], to unit vectors (B, E); differentiable.
 
-        Another size is resized (bicubic, antialiased), in single precision if need be, since torch
-        has no antialiased resize in half precision on a CPU.
+        Another size than the tower takes is resized (bicubic, antialiased), in single precision if
+        need be, since torch has no antialiased resize in half precision on a CPU.
         """
         dtype = self.text.positions.dtype
-        if image.shape[-2:] != self.image_size:
+        if image.shape[-2:] != self.image_size and not self.takes_any_size:
             image = image.to(torch.promote_types(image.dtype, torch.float32))
             image = F.interpolate(image, self.image_size, mode="bicubic", antialias=True)
         image = (image.to(dtype) - self.mean) / self.std
@@ -120,6 +133,22 @@ class ClipTowers(nn.Module):
     def encode_prompts(self, embeddings: Tensor) -> Tensor:
         """Encode (K, L, W) token embeddings to unit vectors (K, E)."""
         return F.normalize(self.text(embeddings), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Encode N texts to unit vectors (N, E), where the vocabulary is a reduced one.
+
+        Raises:
+            ConfigError: the vocabulary is CLIP's own, or a text has a word that is not in it.
+        """
+        if self.tokenize is None or self.tokens is None:
+            raise ConfigError(
+                "a perceiver on a CLIP with CLIP's own vocabulary keeps no token table, so it can "
+                "encode no text. Build the CLIP with open_clip.create_model for that."
+            )
+        lengths = [len(text.split()) + 2 for text in texts]
+        rows = zip(self.tokenize(texts).to(self.mean.device), lengths, strict=True)
+        features = [self.text(self.tokens(row[None, :length])) for row, length in rows]
+        return F.normalize(torch.cat(features), dim=-1)
 
 
 def build_clip(clip: str | Architecture, pretrained: str | os.PathLike[str] | None) -> Any:
@@ -137,6 +166,7 @@ def build_clip(clip: str | Architecture, pretrained: str | os.PathLike[str] | No
     """
     import open_clip
 
+    register_trunk()
     if not isinstance(clip, str):
         return _from_architecture(clip, pretrained)
     if clip not in open_clip.list_models():
@@ -148,6 +178,8 @@ def build_clip(clip: str | Architecture, pretrained: str | os.PathLike[str] | No
     if pretrained is None or os.path.isfile(pretrained):
         return _from_architecture(open_clip.get_model_config(clip), pretrained)
     _check_tag(clip, str(pretrained))
+    if open_clip.get_model_config(clip)["text_cfg"].get("hf_model_name"):
+        raise ConfigError(_not_causal("it is not one of open_clip's own"))
     try:
         return open_clip.create_model(clip, pretrained=str(pretrained))
     except Exception as error:  # open_clip passes on whatever its download raised
@@ -157,8 +189,15 @@ def build_clip(clip: str | Architecture, pretrained: str | os.PathLike[str] | No
         ) from error
 
 
-def embed_words(clip: Any, words: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+def embed_words(
+    clip: Any, words: Sequence[str], vocabulary: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Look up words, each a single token, and the start and the end of a text.
+
+    Args:
+        clip: open_clip model.
+        words: K of them.
+        vocabulary: words of the text tower, where it does not have CLIP's own.
 
     Returns:
         (K, W), (W,) and (W,), rows of the CLIP's token table.
@@ -169,6 +208,8 @@ def embed_words(clip: Any, words: Sequence[str]) -> tuple[Tensor, Tensor, Tensor
     import open_clip
 
     table = _text_tower(clip).token_embedding.weight.detach()
+    if vocabulary is not None:
+        return _embed_known_words(table, words, WordTokenizer(vocabulary, 3))
     if table.shape[0] != _VOCABULARY:
         raise ConfigError(
             f"this CLIP has a vocabulary of {table.shape[0]} tokens: expected CLIP's own, of "
@@ -183,6 +224,18 @@ def embed_words(clip: Any, words: Sequence[str]) -> tuple[Tensor, Tensor, Tensor
         )
     start, word, end = tokens[:, 0], tokens[:, 1], tokens[:, 2]
     return table[word], table[start[0]], table[end[0]]
+
+
+def _embed_known_words(
+    table: Tensor, words: Sequence[str], tokenize: WordTokenizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    if table.shape[0] != tokenize.size:
+        raise ConfigError(
+            f"vocabulary has {len(tokenize.words)} words, which makes {tokenize.size} tokens, and "
+            f"this CLIP's text tower has {table.shape[0]}. Give the words that it was trained with."
+        )
+    tokens = tokenize(words)
+    return table[tokens[:, 1]], table[tokenize.start], table[tokenize.end]
 
 
 def _from_architecture(

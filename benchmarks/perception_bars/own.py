@@ -1,0 +1,71 @@
+"""The package's own degradations, on whole images and on patches of 64 pixels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perceive_adapter.perceiver.audit import Audit, Findings, audit
+from perception_bars.photographs import Subject
+from perception_bars.report import Bar, bars_table
+
+PATCH = 64
+PATCHES_EACH = 4
+STRUCTURE = 8  # standard deviation on the 8-bit scale, above which a patch shows something
+
+
+def report(subject: Subject) -> str:
+    """Audit whole images and patches; every figure beside its bar."""
+    if not subject.clean:
+        return "Skipped: there are no photographs."
+    whole = audit(subject.perceiver, subject.clean)
+    patches = [patch for photo in enumerate(subject.clean) for patch in _patches(*photo)]
+    small = audit(subject.perceiver, patches)
+    kept = [index for index, patch in enumerate(patches) if _structure(patch) > STRUCTURE]
+    parts = [_part(f"Whole images ({len(subject.clean)})", whole)]
+    parts.append(_part(f"All random patches of {PATCH} pixels ({len(patches)})", small))
+    if kept:
+        title = f"Patches with a standard deviation above {STRUCTURE} of 255 ({len(kept)})"
+        parts.append(_part(title, _only(small, kept)))
+    return "\n\n".join(parts)
+
+
+def _patches(index: int, photo: Tensor) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(index)
+    corners = [
+        [int(torch.randint(side - PATCH + 1, (), generator=generator)) for side in photo.shape[1:]]
+        for _ in range(PATCHES_EACH)
+    ]
+    return [photo[:, top : top + PATCH, left : left + PATCH] for top, left in corners]
+
+
+def _structure(patch: Tensor) -> float:
+    """Standard deviation of the gray patch: an even colour has none."""
+    return float(patch.float().mean(0).std())
+
+
+def _only(found: Audit, kept: Sequence[int]) -> Audit:
+    return Audit({name: _subset(one, kept) for name, one in found.findings.items()})
+
+
+def _subset(found: Findings, kept: Sequence[int]) -> Findings:
+    return Findings(**{name: [rows[i] for i in kept] for name, rows in vars(found).items()})
+
+
+def _part(title: str, found: Audit) -> str:
+    figures = found.figures()
+    mean, worst = figures["mean"], figures["worst"]
+    bars = [
+        Bar("tier accuracy, mean over degradations", mean["tier accuracy"], 0.90),
+        Bar("tier accuracy, worst degradation", worst["tier accuracy"], 0.80),
+        Bar("triplets in the right order", mean["monotonic"], 0.95),
+        Bar("type told at severities from 0.3 on", mean["type accuracy"], 0.95),
+        Bar("severity, absolute rank correlation, worst degradation", _rank(found), 0.90),
+    ]
+    return f"### {title}\n\n{bars_table(bars)}\n\n{found.table()}"
+
+
+def _rank(found: Audit) -> float:
+    """Lowest mean over the images of the absolute rank correlation of the perceived severity."""
+    means = [sum(map(abs, one.severity)) / len(one.severity) for one in found.findings.values()]
+    return min(means)

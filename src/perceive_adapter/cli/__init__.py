@@ -1,0 +1,67 @@
+"""The command line, ``perceive-adapter COMMAND ...``: one module for each command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+from perceive_adapter._version import __version__
+from perceive_adapter.cli import perceive, train_perceiver
+from perceive_adapter.errors import PerceiveError
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+
+class Command(Protocol):
+    """What a command's module has; heavy imports belong into ``run``, so that help is fast."""
+
+    NAME: str
+    SUMMARY: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do it, and return the exit code."""
+        ...
+
+
+COMMANDS: tuple[Command, ...] = (perceive, train_perceiver)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code.
+
+    Args:
+        argv: arguments without the program's name; None for those of the process.
+
+    Returns:
+        0: done. 1: done, except for files that could not be read. 2: cannot be done; why and the
+        remedy are on stderr. 130: interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except (PerceiveError, OSError) as error:
+        print(f"perceive-adapter: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("perceive-adapter: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "perceive-adapter", description="Perceive what is wrong with images, and how badly."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        about = command.SUMMARY
+        added = commands.add_parser(command.NAME, help=about, description=f"{about}.")
+        command.add_arguments(added)
+        added.set_defaults(run=command.run)
+    return parser

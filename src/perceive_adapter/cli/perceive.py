@@ -1,0 +1,182 @@
+"""``perceive-adapter perceive``: what is wrong with image files, and how badly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceive_adapter.cli.options import device
+from perceive_adapter.errors import ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perceive_adapter.perceiver import QualityPerceiver
+
+NAME = "perceive"
+SUMMARY = "Tell the quality, the degradations and their severity of images"
+
+_PRESENT = 0.5  # probability from which a degradation is listed
+_RAMP = ("#b2182b", "#f7f7f7", "#2166ac")  # red to blue, which the colour-blind tell apart too
+_OPACITY = 0.45
+_REMEDY = (
+    "Give an 8-bit gray or RGB image, with or without alpha (JPEG, PNG, WebP, BMP, TIFF), or "
+    "leave this one out."
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.epilog = (
+        "Exit code: 0 all images were perceived; 1 some could not be read, the others were "
+        "perceived; 2 nothing could be done."
+    )
+    add = parser.add_argument
+    add("paths", metavar="PATH", nargs="+", type=Path, help="image, or folder to search for images")
+    add(
+        "--perceiver",
+        metavar="NAME_OR_FOLDER",
+        default="perceive-tiny",
+        help="perceive-tiny (default), a saved perceiver's folder, or user/repo of the Hub",
+    )
+    add("--revision", metavar="R", help="branch, tag or commit of a Hub repository")
+    add(
+        "--json",
+        action="store_true",
+        help="print a JSON array instead of a table: for each image its score (0 to 1, higher is "
+        "better), tier probabilities, probability and severity (0 to 1) of each degradation, and "
+        "its embedding",
+    )
+    add(
+        "--map",
+        metavar="DIR",
+        type=Path,
+        help="write each image with its quality drawn over it, from red (low) to blue (high), to "
+        "a PNG in this folder",
+    )
+    add("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1 or auto")
+
+
+def run(arguments: Namespace) -> int:
+    """Perceive the images and print what was found."""
+    from perceive_adapter.perceiver import QualityPerceiver
+
+    perceiver = QualityPerceiver.from_pretrained(
+        arguments.perceiver, revision=arguments.revision
+    ).to(arguments.device)
+    files, failed = _find(arguments.paths)
+    maps = [None] * len(files) if arguments.map is None else _map_files(files, arguments.map)
+    width = max((len(_shown(file)) for file in files), default=4)
+    if not arguments.json:
+        print(f"{'file':{width}}  score  {'tier':8}  degradations and their severity")
+    records = []
+    for file, drawn in zip(files, maps, strict=True):
+        try:
+            record = _perceive(perceiver, file, drawn)
+        except ImageError as error:
+            failed = True
+            _complain(f"skipped {_shown(file)}: {error}. {_REMEDY}")
+            continue
+        if arguments.json:
+            records.append(record)
+        else:
+            print(f"{_shown(file):{width}}  {_row(record)}", flush=True)
+    if arguments.json:
+        print(json.dumps(records, indent=2, allow_nan=False))
+    return int(failed)
+
+
+def _find(paths: Sequence[Path]) -> tuple[list[Path], bool]:
+    """Search the folders among the paths, and tell whether one holds no image."""
+    from perceive_adapter.data.samples import IMAGE_SUFFIXES, find_images
+
+    files, failed = [], False
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        try:
+            files += find_images(path)
+        except ConfigError:
+            failed = True
+            _complain(
+                f"skipped the folder {_shown(path)}: it holds no image, at any depth. Give a "
+                f"folder of files that end in {', '.join(IMAGE_SUFFIXES)}."
+            )
+    return files, failed
+
+
+def _map_files(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Name a PNG for each file: no two alike, and none of them an image that is perceived."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = {str(file.resolve()).lower() for file in files}
+    named = []
+    for file in files:
+        target, count = folder / f"{file.stem}-quality.png", 1
+        while str(target.resolve()).lower() in taken:
+            count += 1
+            target = folder / f"{file.stem}-quality-{count}.png"
+        taken.add(str(target.resolve()).lower())
+        named.append(target)
+    return named
+
+
+def _perceive(perceiver: QualityPerceiver, file: Path, drawn: Path | None) -> dict[str, Any]:
+    """Perceive one file, draw its map, and return all that was found."""
+    import torch
+
+    from perceive_adapter.data.images import read_image
+
+    pixels = read_image(file).color.expand(-1, 3, -1, -1)
+    image = pixels.to(perceiver.prompts.context.device, torch.float32) / 255
+    with torch.no_grad():
+        perceived = perceiver(image)
+    tiers = dict(zip(perceiver.tiers, perceived.tiers[0].tolist(), strict=True))
+    names = perceiver.degradations
+    record = {
+        "file": str(file),
+        "score": perceived.score[0].item(),
+        "tier": max(tiers, key=tiers.__getitem__),
+        "tiers": tiers,
+        "degradations": dict(zip(names, perceived.degradations[0].tolist(), strict=True)),
+        "severity": dict(zip(names, perceived.severity[0].tolist(), strict=True)),
+        "embedding": perceived.embedding[0].tolist(),
+    }
+    if drawn is not None:
+        _draw(pixels[0], perceiver.quality_map(image)[0], drawn)
+        record["map"] = str(drawn)
+    return record
+
+
+def _draw(pixels: Tensor, quality: Tensor, target: Path) -> None:
+    """Draw the quality map (h, w) over the pixels (3, H, W), and write a PNG."""
+    from PIL import Image, ImageOps
+
+    photo = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    levels = Image.fromarray(quality.mul(255).round().byte().cpu().numpy())
+    smooth = levels.resize(photo.size, Image.Resampling.BILINEAR)
+    low, middle, high = _RAMP
+    Image.blend(photo, ImageOps.colorize(smooth, low, high, middle), _OPACITY).save(target)
+
+
+def _row(record: dict[str, Any]) -> str:
+    """The row of the table after the file's name."""
+    severity = record["severity"]
+    present = [name for name, value in record["degradations"].items() if value >= _PRESENT]
+    present.sort(key=severity.__getitem__, reverse=True)
+    listed = ", ".join(f"{name.replace('_', ' ')} {severity[name]:.2f}" for name in present)
+    none = "none" if severity else "not told by this perceiver"
+    return f"{record['score']:5.3f}  {record['tier']:8}  {listed or none}"
+
+
+def _shown(path: Path) -> str:
+    """The path as text that any terminal takes, also where it is no Unicode."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _complain(message: str) -> None:
+    print(f"perceive-adapter: {message}", file=sys.stderr)

@@ -1,0 +1,116 @@
+"""What a run of ``train-perceiver`` is: its recipes, and what a model card says of them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from perceive_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from perceive_adapter.training.loop import Schedule
+    from perceive_adapter.training.runs import Split
+    from perceive_adapter.training.stage1 import Stage1
+
+__all__ = ["TINY_NAME", "Plan", "facts_of", "make_plan", "options_of"]
+
+TINY_NAME = "perceive-tiny"
+
+
+class Plan(NamedTuple):
+    """What decides the weights, besides the photographs."""
+
+    stage1: Stage1
+    restorers: Schedule
+    pretrain: Schedule | None
+
+
+def facts_of(arguments: Namespace, plan: Plan, split: Split) -> dict[str, float | str]:
+    """Say how the perceiver came about, for the model card."""
+    import torch
+
+    from perceive_adapter._version import __version__
+
+    facts: dict[str, float | str] = {"photographs": arguments.note} if arguments.note else {}
+    facts |= {
+        "photographs trained on": len(split.trained),
+        "photographs audited": len(split.audit),
+        "medium images": arguments.medium,
+        "stage 1": f"{_told(plan.stage1.schedule)}, {plan.stage1.scenes} scenes a step, crops of "
+        f"{', '.join(map(str, plan.stage1.sides))} px",
+        "seed": arguments.seed,
+        "versions": f"perceive_adapter {__version__}, torch {torch.__version__}",
+    }
+    if plan.pretrain is not None:
+        facts["towers"] = f"{_told(plan.pretrain)}, from scratch, contrastively"
+    return facts
+
+
+def _told(schedule: Schedule) -> str:
+    rates = f"{schedule.learning_rate:g} to {schedule.final_learning_rate:g}"
+    return f"{schedule.steps} steps of AdamW, learning rate {rates}"
+
+
+def make_plan(arguments: Namespace) -> Plan:
+    """Put the options into the recipes.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    from perceive_adapter.training import pretrain, restorers
+    from perceive_adapter.training.stage1 import PAPER, TINY
+
+    tiny = arguments.clip == TINY_NAME
+    if arguments.pretrain_steps and not tiny:
+        raise ConfigError(
+            f"--pretrain-steps is for --clip {TINY_NAME}: {arguments.clip} comes with weights. "
+            "Leave it out."
+        )
+    recipe = TINY if tiny else PAPER
+    names = {name: getattr(arguments, name) for name in ("learning_rate", "final_learning_rate")}
+    schedule = replace(
+        _shortened(recipe.schedule, arguments.steps),
+        **{name: value for name, value in names.items() if value is not None},
+    )
+    if schedule.final_learning_rate > schedule.learning_rate:
+        raise ConfigError(
+            f"--final-learning-rate {schedule.final_learning_rate:g} is above --learning-rate "
+            f"{schedule.learning_rate:g}: expected it to fall. Give both."
+        )
+    stage1 = replace(
+        recipe,
+        schedule=schedule,
+        scenes=arguments.scenes or recipe.scenes,
+        sides=tuple(arguments.sides or recipe.sides),
+        seed=arguments.seed,
+    )
+    return Plan(
+        stage1,
+        _shortened(restorers.SCHEDULE, arguments.restorer_steps),
+        _shortened(pretrain.SCHEDULE, arguments.pretrain_steps) if tiny else None,
+    )
+
+
+def _shortened(schedule: Schedule, steps: int | None) -> Schedule:
+    """The schedule with another number of steps, the warm-up a tenth of them at most."""
+    if steps is None:
+        return schedule
+    return replace(schedule, steps=steps, warmup=min(schedule.warmup, steps // 10))
+
+
+def options_of(arguments: Namespace, plan: Plan, photos: str) -> dict[str, Any]:
+    """What decides the weights: a run with other values is another run."""
+    tiny = plan.pretrain is not None
+    return {
+        "clip": arguments.clip,
+        "pretrained": None if tiny else arguments.pretrained,
+        "medium": arguments.medium,
+        "words": arguments.words,
+        "context_length": arguments.context_length,
+        "heads": arguments.heads,
+        "stage1": asdict(plan.stage1),
+        "restorers": asdict(plan.restorers) if arguments.medium == "restored" else None,
+        "pretrain": asdict(plan.pretrain) if plan.pretrain is not None else None,
+        "photographs": photos,
+    }

@@ -1,0 +1,6 @@
+"""Synthetic degradations with a known severity, reproducible from a generator's seed."""
+
+from .apply import DEGRADATIONS, FAMILIES, FAMILY_OF, degrade, mix
+from .draws import Degradation
+
+__all__ = ["DEGRADATIONS", "FAMILIES", "FAMILY_OF", "Degradation", "degrade", "mix"]

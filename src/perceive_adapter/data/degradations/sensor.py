@@ -1,0 +1,69 @@
+"""What a sensor and a codec do: noise, too little light, JPEG."""
+
+import torch
+from torch import Tensor
+
+from .draws import normal, uniform
+from .optics import convolve
+
+__all__ = ["correlated_noise", "gaussian_noise", "jpeg", "low_light", "poisson_noise"]
+
+_MID_GRAY = 0.45
+
+
+def gaussian_noise(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
+    """White Gaussian noise, sigma from 5 to 50 on the 8-bit scale."""
+    return image + _sigma(severity) * normal(image.shape, image, generator)
+
+
+def poisson_noise(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Shot noise of so few photons that mid-gray is as noisy as with ``gaussian_noise``."""
+    photons = _MID_GRAY / _sigma(severity).square()
+    expected = image * photons
+    if generator is not None:
+        expected = expected.to(generator.device)
+    return torch.poisson(expected, generator=generator).to(image) / photons
+
+
+def correlated_noise(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise as a camera's software leaves it: of the same sigma, smeared over neighbours.
+
+    How far, and how alike the channels are, differs from image to image.
+    """
+    batch = len(image)
+    width = 0.4 + 0.8 * uniform((batch, 1, 1), image, generator)
+    gray = uniform((batch, 1, 1, 1), image, generator)
+    drawn = normal(image.shape, image, generator)
+    drawn = (1 - gray) * drawn + gray * drawn.mean(dim=1, keepdim=True)
+    axis = torch.arange(-3, 4, device=image.device, dtype=image.dtype)
+    kernel = torch.exp(-0.5 * (axis**2 + axis.view(-1, 1) ** 2) / width**2)
+    gain = kernel.square().sum((1, 2)).rsqrt().view(-1, 1, 1, 1)
+    spread = ((1 - gray) ** 2 + (1 - (1 - gray) ** 2) / image.shape[1]).rsqrt()
+    return image + _sigma(severity) * gain * spread * convolve(drawn, kernel)
+
+
+def low_light(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Underexposure by up to 3.3 stops, crushed shadows, and the sensor's shot and read noise."""
+    exposed = torch.exp2(-3.3 * severity) * image.pow(1 + 0.6 * severity)
+    variance = severity * (2e-4 * exposed + (2 / 255) ** 2 * severity)
+    return exposed + variance.sqrt() * normal(image.shape, image, generator)
+
+
+def jpeg(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
+    """JPEG with libjpeg's quality falling geometrically from 90 to 6, chroma subsampled.
+
+    Encoded by torchvision on the CPU; there is nothing random in it.
+    """
+    from torchvision.io import decode_jpeg, encode_jpeg  # type: ignore[import-untyped]
+
+    qualities = (90 * (6 / 90) ** severity).flatten().round().int().tolist()
+    pixels = image.clamp(0, 1).mul(255).round().byte().cpu()
+    coded = [
+        decode_jpeg(encode_jpeg(one, quality=quality))
+        for one, quality in zip(pixels, qualities, strict=True)
+    ]
+    return torch.stack(coded).to(image) / 255
+
+
+def _sigma(severity: Tensor) -> Tensor:
+    return (5 + 45 * severity) / 255

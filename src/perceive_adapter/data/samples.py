@@ -1,0 +1,232 @@
+"""Degraded crops of clean photographs with their labels, drawn anew for every batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceive_adapter.data.degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
+from perceive_adapter.data.images import read_image
+from perceive_adapter.errors import ConfigError, ImageError
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "CropSampler",
+    "Samples",
+    "degrade_each",
+    "draw_severities",
+    "find_images",
+    "load_photos",
+]
+
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_OCTAVE: Final = 2**-0.5
+_SMALLEST_SIDE: Final = 160  # pixels, of a photograph that is shrunk to be another scene
+_FLAT: Final = 0.03  # standard deviation below which a crop shows next to nothing
+_KINDS: Final = {
+    family: tuple(name for name in DEGRADATIONS if FAMILY_OF[name] == family) for family in FAMILIES
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """A batch of crops and what was done to them.
+
+    Args:
+        clean: (B, 3, H, W) in [0, 1].
+        degraded: (B, 3, H, W) in [0, 1].
+        severity: (B, D) in [0, 1], one column for each of ``FAMILIES``, 0 where absent.
+    """
+
+    clean: Tensor
+    degraded: Tensor
+    severity: Tensor
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return every image file below a folder, in the order of their paths.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds no image.
+    """
+    root = Path(folder)
+    files = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(path for path in files if path.is_file())
+    if not found:
+        state = "holds no image" if root.is_dir() else "is no folder"
+        raise ConfigError(
+            f"{str(root)!r} {state}: expected a folder of clean photographs in files that end in "
+            f"{', '.join(IMAGE_SUFFIXES)}, at any depth."
+        )
+    return found
+
+
+def load_photos(
+    paths: Sequence[str | os.PathLike[str]], largest: int | None = None
+) -> list[Tensor]:
+    """Read image files as (3, H, W) uint8; gray ones are repeated, alpha is dropped.
+
+    Args:
+        paths: of the files.
+        largest: longest side in pixels to which a larger photograph is shrunk; None for no limit.
+
+    Raises:
+        ImageError: a file cannot be read as an image.
+    """
+    photos = []
+    for path in paths:
+        try:
+            photo = read_image(path).color[0].expand(3, -1, -1).contiguous()
+        except ImageError as error:
+            raise ImageError(
+                f"the photograph {os.fspath(path)!r} cannot be used: {error}. Make it an 8-bit "
+                "gray or RGB image, or leave it out."
+            ) from error
+        scale = (largest or max(photo.shape[1:])) / max(photo.shape[1:])
+        photos.append(_resize(photo, scale) if scale < 1 else photo)
+    return photos
+
+
+class CropSampler:
+    """Draws random crops of photographs at random scales, with mild changes of light and colour.
+
+    Every photograph is also kept at smaller scales, since what is sharp, fine or noisy depends on
+    the scale. Most crops without any structure are drawn again, since blur does not show in a clear
+    sky. A photograph that is smaller than a crop is continued by its mirror images.
+
+    Args:
+        photos: (3, H, W) uint8, of any sizes.
+        largest: longest side in pixels to which a larger photograph is shrunk first.
+
+    Raises:
+        ConfigError: there is no photograph.
+    """
+
+    def __init__(self, photos: Sequence[Tensor], largest: int = 1200) -> None:
+        if not photos:
+            raise ConfigError("got no photographs to draw crops from: give at least one.")
+        self.pyramids = [_pyramid(photo, largest) for photo in photos]
+
+    def draw(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+        """Return crops (count, 3, side, side) in [0, 1]."""
+        crops = torch.stack([self._crop(side, generator) for _ in range(count)])
+        return _relight(crops.float() / 255, generator)
+
+    def _crop(self, side: int, generator: torch.Generator) -> Tensor:
+        for attempt in range(4):
+            pyramid = self.pyramids[_integer(len(self.pyramids), generator)]
+            photo = pyramid[_integer(len(pyramid), generator)]
+            if min(photo.shape[1:]) < side:
+                photo = pyramid[0]
+            if min(photo.shape[1:]) < side:
+                photo = _enlarge(photo, side)
+            top, left = (_integer(have - side + 1, generator) for have in photo.shape[1:])
+            crop = photo[:, top : top + side, left : left + side]
+            if attempt == 3 or crop.float().std() > 255 * _FLAT or _integer(8, generator) == 0:
+                break
+        crop = crop.transpose(1, 2) if _integer(4, generator) == 0 else crop
+        return crop.flip(2) if _integer(2, generator) else crop
+
+
+def draw_severities(
+    count: int, generator: torch.Generator, *, low: float = 0.05, high: float = 1.0
+) -> list[dict[str, float]]:
+    """Draw what is wrong with each of ``count`` images: degradations and their severities.
+
+    Of every eight images, one is left clean, five get one degradation, one gets two and one gets
+    three. Of every seven, each has its first degradation of another family, and the kinds of a
+    family are equally likely, so that in the long run every family is as frequent as the others.
+
+    Args:
+        count: of images.
+        generator: source of randomness.
+        low: least severity.
+        high: greatest severity.
+
+    Returns:
+        For each image the severity of each of its degradations, by name, no two of one family.
+    """
+    drawn = []
+    offset = _integer(len(FAMILIES), generator)
+    for index in range(count):
+        kinds = (0, 1, 1, 2, 1, 3, 1, 1)[index % 8]
+        others = torch.randperm(len(FAMILIES), generator=generator).tolist()
+        first = (index + offset) % len(FAMILIES)
+        chosen = [first, *(other for other in others if other != first)][:kinds]
+        severities = {}
+        for family in chosen:
+            names = _KINDS[FAMILIES[family]]
+            name = names[_integer(len(names), generator)]
+            severities[name] = low + (high - low) * float(torch.rand((), generator=generator))
+        drawn.append(severities)
+    return drawn
+
+
+def degrade_each(
+    clean: Tensor, drawn: Sequence[dict[str, float]], generator: torch.Generator
+) -> Samples:
+    """Damage each image of a batch in its own way, and label it.
+
+    Args:
+        clean: (B, 3, H, W) in [0, 1].
+        drawn: for each image the severity of each of its degradations, as
+            :func:`draw_severities` gives them.
+        generator: source of randomness.
+    """
+    degraded, severity = clean.clone(), clean.new_zeros(len(clean), len(FAMILIES))
+    for name in DEGRADATIONS:
+        rows = [row for row, chosen in enumerate(drawn) if name in chosen]
+        if not rows:
+            continue
+        values = torch.tensor([drawn[row][name] for row in rows])
+        degraded[rows] = mix(degraded[rows], {name: values}, generator)
+        severity[rows, FAMILIES.index(FAMILY_OF[name])] = values
+    return Samples(clean, degraded, severity)
+
+
+def _pyramid(photo: Tensor, largest: int) -> list[Tensor]:
+    """The photograph at full size and at ever smaller ones, half an octave apart."""
+    levels: list[Tensor] = []
+    scale = min(1.0, largest / max(photo.shape[1:]))
+    while not levels or min(photo.shape[1:]) * scale >= _SMALLEST_SIDE:
+        levels.append(_resize(photo, scale) if scale < 1 else photo)
+        scale *= _OCTAVE
+    return levels
+
+
+def _resize(photo: Tensor, scale: float) -> Tensor:
+    size = [max(1, round(side * scale)) for side in photo.shape[1:]]
+    resized = F.interpolate(photo[None].float(), size, mode="bicubic", antialias=True)
+    return resized[0].round().clamp(0, 255).byte()
+
+
+def _enlarge(photo: Tensor, side: int) -> Tensor:
+    """Mirror a photograph outwards until it holds a crop of ``side``."""
+    while min(photo.shape[1:]) < side:
+        photo = torch.cat([photo, photo.flip(1)], dim=1)
+        photo = torch.cat([photo, photo.flip(2)], dim=2)
+    return photo
+
+
+def _relight(crops: Tensor, generator: torch.Generator) -> Tensor:
+    """Change exposure, contrast curve and saturation a little; one crop in ten becomes gray."""
+    count = len(crops)
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)
+
+    crops = crops ** torch.exp2(draw(-0.5, 0.5)) * draw(0.8, 1.0)
+    gray = crops.mean(dim=1, keepdim=True)
+    saturation = draw(0.6, 1.2) * (draw(0, 1) > 0.1)
+    return (gray + saturation * (crops - gray)).clamp(0, 1)
+
+
+def _integer(limit: int, generator: torch.Generator) -> int:
+    return int(torch.randint(limit, (), generator=generator))

@@ -1,0 +1,1 @@
+"""Training: the perceiver's towers and stage 1."""

@@ -1,0 +1,151 @@
+"""A training loop that, killed at any moment and started again, ends with the same weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter.errors import CheckpointError
+
+__all__ = ["Schedule", "seeded", "train"]
+
+_STATE = {"step", "schedule", "modules", "optimizer"}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, and how fast.
+
+    Args:
+        steps: optimizer steps.
+        learning_rate: highest, after the warm-up.
+        final_learning_rate: lowest, to which a cosine falls from there until the end.
+        warmup: steps over which the learning rate rises from 0.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+    """
+
+    steps: int
+    learning_rate: float
+    final_learning_rate: float = 0.0
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        fall = (1 + math.cos(math.pi * progress)) / 2
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * fall
+
+
+def seeded(seed: int, step: int) -> torch.Generator:
+    """Return the generator of one step: what is drawn hangs on the step, not on a history."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def train(
+    modules: Mapping[str, nn.Module],
+    loss_at: Callable[[int], Tensor],
+    schedule: Schedule,
+    *,
+    checkpoint: Path | None = None,
+    every: int = 500,
+    title: str = "train",
+) -> None:
+    """Minimise ``loss_at(step)`` over the modules' parameters that require a gradient, by AdamW.
+
+    Args:
+        modules: what is trained and checkpointed, by name.
+        loss_at: the loss of a step; everything random in it must hang on the step alone.
+        schedule: steps and learning rates.
+        checkpoint: file that holds the state; training goes on from it where it exists.
+        every: steps between two checkpoints.
+        title: of the progress bar.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another schedule or other modules.
+    """
+    from tqdm import tqdm
+
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=schedule.weight_decay)
+    start = _resume(checkpoint, modules, optimizer, schedule)
+    bar = tqdm(range(start, schedule.steps), title, schedule.steps, initial=start, ncols=80)
+    average = None
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        loss = loss_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        optimizer.step()
+        if step % 20 == 0:
+            average = loss.item() if average is None else 0.8 * average + 0.2 * loss.item()
+            bar.set_postfix_str(f"loss {average:.4f}", refresh=False)
+        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == schedule.steps):
+            _save(checkpoint, modules, optimizer, schedule, step + 1)
+
+
+def _save(
+    file: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    step: int,
+) -> None:
+    """Write the state beside the old one and move it into place: one of them is always whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "step": step,
+        "schedule": asdict(schedule),
+        "modules": {name: module.state_dict() for name, module in modules.items()},
+        "optimizer": optimizer.state_dict(),
+    }
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    with draft.open("wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(draft, file)
+
+
+def _resume(
+    file: Path | None,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+) -> int:
+    """Load the state where there is one, and return the step to go on from."""
+    if file is None or not file.exists():
+        return 0
+    remedy = "Give another output folder, or delete it to start afresh."
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        raise CheckpointError(f"{str(file)!r} is no checkpoint ({error}). {remedy}") from error
+    if not isinstance(state, dict) or not state.keys() >= _STATE:
+        raise CheckpointError(f"{str(file)!r} is no checkpoint of a training run. {remedy}")
+    if state["schedule"] != asdict(schedule) or state["modules"].keys() != modules.keys():
+        raise CheckpointError(
+            f"{str(file)!r} was written by a run of {list(state['modules'])} with "
+            f"{state['schedule']}: expected {list(modules)} with {asdict(schedule)}. Run with the "
+            f"same options, or: {remedy}"
+        )
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(state["modules"][name])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{str(file)!r} is of another model: {error} {remedy}") from error
+    return int(state["step"])

@@ -1,0 +1,162 @@
+"""Stage 1: train a perceiver's tier prompts, and its heads, on a frozen CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceive_adapter.data import FAMILIES
+from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
+from perceive_adapter.data.triplets import Blend, Medium, Scene
+from perceive_adapter.errors import ConfigError
+from perceive_adapter.perceiver.quality import QualityPerceiver
+from perceive_adapter.training.loop import Schedule, seeded, train
+
+__all__ = ["PAPER", "TINY", "Stage1", "train_perceiver"]
+
+_PAPER_SCHEDULE: Final = Schedule(steps=100_000, learning_rate=4e-5, final_learning_rate=1e-6)
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """The recipe of stage 1; the defaults are Perceive-IR's.
+
+    Args:
+        schedule: steps and learning rates.
+        scenes: scenes in a batch, every tier of which is an image; a multiple of 7 gives each
+            family of degradations an equal quota.
+        sides: of the crops in pixels, taken in turn.
+        low: least severity of a low-tier image.
+        seed: of everything random.
+    """
+
+    schedule: Schedule = _PAPER_SCHEDULE
+    scenes: int = 14
+    sides: tuple[int, ...] = (224,)
+    low: float = 0.5
+    seed: int = 0
+
+
+PAPER: Final = Stage1()
+TINY: Final = Stage1(
+    Schedule(steps=1_500, learning_rate=1e-2, final_learning_rate=1e-4), sides=(64, 96, 128, 192)
+)
+"""The recipe for ``perceive-tiny``."""
+
+
+def train_perceiver(
+    perceiver: QualityPerceiver,
+    folds: Sequence[CropSampler],
+    *,
+    recipe: Stage1 = PAPER,
+    mediums: Sequence[Medium] | None = None,
+    checkpoint: Path | None = None,
+    every: int = 500,
+) -> None:
+    """Train the prompts with the cross entropy over tiers, and the heads where there are any.
+
+    Source: stage 1 of Perceive-IR (IEEE TIP 2025, https://arxiv.org/abs/2408.15994).
+
+    Args:
+        perceiver: its prompts and heads are trained in place and left frozen; its towers stay as
+            they are.
+        folds: crops of the two halves of the photographs.
+        recipe: steps, batches and crops.
+        mediums: what makes the images of the tiers between the lowest and the highest, one for
+            each, from worse to better; None for blends that keep even shares of the damage.
+        checkpoint: file to go on from after a kill.
+        every: steps between two checkpoints.
+
+    Raises:
+        ConfigError: not two ``folds``, another number of ``mediums`` than tiers between the ends,
+            or the heads tell other degradations than this package makes.
+        CheckpointError: ``checkpoint`` is of another run.
+    """
+    between = len(perceiver.tiers) - 2
+    if mediums is None:
+        mediums = [Blend(0.7 * (between - i) / (between + 1)) for i in range(between)]
+    _check(perceiver, folds, mediums)
+    perceiver.prompts.requires_grad_(True)
+    modules: dict[str, torch.nn.Module] = {"prompts": perceiver.prompts}
+    if perceiver.heads is not None:
+        modules["heads"] = perceiver.heads.requires_grad_(True)
+    device = perceiver.prompts.context.device
+
+    def loss_at(step: int) -> Tensor:
+        generator = seeded(recipe.seed, step)
+        side = recipe.sides[step % len(recipe.sides)]
+        loss = _tier_loss(perceiver, draw_scenes(folds, side, recipe, generator), mediums, device)
+        if perceiver.heads is None:
+            return loss
+        # From both folds, since sides taken in turn would fall to one fold each.
+        clean = torch.cat([fold.draw(recipe.scenes, side, generator) for fold in folds])
+        samples = degrade_each(clean, draw_severities(len(clean), generator), generator)
+        with torch.no_grad():
+            embedding = perceiver.embed(_as_files(samples.degraded).to(device))
+        return loss + perceiver.heads.loss(embedding, samples.severity.to(device))
+
+    train(modules, loss_at, recipe.schedule, checkpoint=checkpoint, every=every, title="stage 1")
+    for module in modules.values():
+        module.requires_grad_(False)
+
+
+def _check(
+    perceiver: QualityPerceiver, folds: Sequence[CropSampler], mediums: Sequence[Medium]
+) -> None:
+    if len(folds) != 2:
+        raise ConfigError(f"got {len(folds)} folds: expected the two halves of the photographs.")
+    between = len(perceiver.tiers) - 2
+    if len(mediums) != between:
+        raise ConfigError(
+            f"got {len(mediums)} mediums for the tiers {perceiver.tiers}: expected {between}, one "
+            "for each tier between the lowest and the highest."
+        )
+    if perceiver.degradations and perceiver.degradations != FAMILIES:
+        raise ConfigError(
+            f"the perceiver's heads tell {perceiver.degradations}, and training makes {FAMILIES}. "
+            "Create it with degradations=perceive_adapter.data.FAMILIES, or with none."
+        )
+
+
+def draw_scenes(
+    folds: Sequence[CropSampler], side: int, recipe: Stage1, generator: torch.Generator
+) -> list[Scene]:
+    """Draw scenes of the low tier, half of them from each fold, every family as often."""
+    kinds = draw_severities(2 * recipe.scenes, generator, low=recipe.low)
+    damaged = [severities for severities in kinds if severities][: recipe.scenes]
+    seeds = torch.randint(2**40, (recipe.scenes,), generator=generator).tolist()
+    crops = [fold.draw((recipe.scenes + 1) // 2, side, generator) for fold in folds]
+    return [
+        Scene(crops[index % 2][index // 2][None], severities, seeds[index], index % 2)
+        for index, severities in enumerate(damaged)
+    ]
+
+
+def _tier_loss(
+    perceiver: QualityPerceiver,
+    scenes: Sequence[Scene],
+    mediums: Sequence[Medium],
+    device: torch.device,
+) -> Tensor:
+    images: list[Tensor] = []
+    tiers: list[int] = []
+    for scene in scenes:
+        degraded = scene.degraded()
+        between = [medium(scene, degraded) for medium in mediums]
+        images += [degraded, *between, scene.clean]
+        tiers += range(len(perceiver.tiers))
+    batch = _as_files(torch.cat(images)).to(device)
+    with torch.no_grad():
+        embedding = perceiver.embed(batch)
+    return F.cross_entropy(perceiver.tier_logits(embedding), torch.tensor(tiers, device=device))
+
+
+def _as_files(images: Tensor) -> Tensor:
+    """The images as files of 8 bits hold them."""
+    return images.clamp(0, 1).mul(255).round().div(255)

@@ -1,0 +1,196 @@
+"""Crops of photographs and what is done to them: counts, labels, and odd photographs."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+from perceive_adapter.data import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
+from perceive_adapter.data.samples import (
+    CropSampler,
+    degrade_each,
+    draw_severities,
+    find_images,
+    load_photos,
+)
+from perceive_adapter.errors import ConfigError, ImageError
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Tensor]:
+    """Two photographs (3, H, W), uint8."""
+    pixels = (skimage.data.astronaut()[::2, ::2], skimage.data.chelsea()[40:240, 100:340])
+    return [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in pixels]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class TestFiles:
+    def test_finds_images_at_any_depth_in_order(self, tmp_path: Path) -> None:
+        names = ["b.PNG", "a/c.jpeg", "a/b/d.tif", "notes.txt", "a.png.part"]
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / "folder.png").mkdir()
+        found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+        assert found == ["a/b/d.tif", "a/c.jpeg", "b.PNG"]
+
+    def test_says_what_is_wrong_with_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(ConfigError, match=r"holds no image: expected .*\.jpg, .*\.tiff"):
+            find_images(tmp_path)
+        for absent in ("absent", "notes.txt"):
+            with pytest.raises(ConfigError, match=f"{absent}' is no folder"):
+                find_images(tmp_path / absent)
+
+    def test_loads_rgb_whatever_the_file_has(self, tmp_path: Path) -> None:
+        pixels = np.arange(5 * 7 * 4, dtype=np.uint8).reshape(5, 7, 4)
+        kinds = {"L": pixels[..., 0], "RGB": pixels[..., :3], "RGBA": pixels}
+        for mode, array in kinds.items():
+            Image.fromarray(array.copy()).save(tmp_path / f"{mode}.png")
+        gray, rgb, rgba = load_photos(find_images(tmp_path))
+        assert gray.shape == rgb.shape == (3, 5, 7)
+        assert gray.dtype == torch.uint8
+        assert torch.equal(rgb, torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1))
+        assert torch.equal(rgba, rgb)
+        assert torch.equal(gray, rgb[:1].expand(3, -1, -1))
+
+    def test_shrinks_what_is_larger(self, tmp_path: Path) -> None:
+        for side in (40, 90):
+            ramp = np.linspace(0, 255, side).astype(np.uint8)
+            Image.fromarray(np.tile(ramp, (side // 2, 1))).save(tmp_path / f"{side}.png")
+        small, large = load_photos(find_images(tmp_path), largest=60)
+        assert small.shape == (3, 20, 40)
+        assert large.shape == (3, 30, 60)
+        assert large[0, 15].sort().values.equal(large[0, 15])
+
+    def test_says_which_file_is_no_image(self, tmp_path: Path) -> None:
+        (tmp_path / "torn.png").write_bytes(b"\x89PNG torn")
+        with pytest.raises(ImageError, match=r"torn\.png"):
+            load_photos(find_images(tmp_path))
+
+
+class TestCropSampler:
+    def test_crops_are_what_the_seed_decides(self, photos: list[Tensor]) -> None:
+        sampler = CropSampler(photos)
+        crops = sampler.draw(6, 48, seeded())
+        assert crops.shape == (6, 3, 48, 48)
+        assert crops.dtype == torch.float32
+        assert 0 <= crops.min() < 0.2
+        assert 0.8 < crops.max() <= 1
+        assert torch.equal(crops, CropSampler(photos).draw(6, 48, seeded()))
+        assert not torch.equal(crops, sampler.draw(6, 48, seeded(1)))
+        assert len({tuple(crop.flatten().tolist()) for crop in crops}) == 6
+
+    def test_spares_the_global_generator_and_the_photographs(self, photos: list[Tensor]) -> None:
+        state, before = torch.get_rng_state(), [photo.clone() for photo in photos]
+        CropSampler(photos).draw(8, 300, seeded())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(map(torch.equal, photos, before))
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 90), (33, 20), (40, 40)])
+    def test_small_photograph_is_continued_by_its_mirror_images(
+        self, size: tuple[int, int]
+    ) -> None:
+        y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+        photo = torch.stack([60 + 2 * y, 60 + 2 * x, 255 - y - x]).byte()
+        crops = CropSampler([photo]).draw(4, 64, seeded())
+        assert crops.shape == (4, 3, 64, 64)
+        # No seams: neighbours differ as little as they do inside the photograph, or not at all.
+        assert crops.diff(dim=-1).abs().max() < 5 / 255
+        assert crops.diff(dim=-2).abs().max() < 5 / 255
+
+    def test_large_photograph_is_shrunk_and_kept_at_several_scales(self) -> None:
+        stripes = torch.arange(900).div(8, rounding_mode="floor").remainder(2).mul(255).byte()
+        photo = stripes.expand(3, 500, -1)
+        sizes = [tuple(level.shape[1:]) for level in CropSampler([photo], 600).pyramids[0]]
+        assert sizes == [(333, 600), (236, 424), (167, 300)]
+
+    def test_prefers_crops_with_structure(self) -> None:
+        sky = torch.full((3, 150, 150), 128, dtype=torch.uint8)
+        # Stripes that are as bright as the sky on average, so that only structure tells.
+        stripes = (torch.arange(150) % 4 < 2).mul(255).byte().expand(3, 150, -1)
+        crops = CropSampler([sky, stripes]).draw(64, 32, seeded())
+        flat = crops.std(dim=(1, 2, 3)) < 0.03
+        assert 0 < flat.sum() < 20
+        assert CropSampler([sky]).draw(2, 32, seeded()).std(dim=(2, 3)).max() < 1e-3
+
+    def test_light_and_colour_change_a_little(self, photos: list[Tensor]) -> None:
+        crops = CropSampler([photos[0][:, :64, :64]]).draw(200, 64, seeded())
+        brightness = crops.mean(dim=(1, 2, 3))
+        assert brightness.max() > 1.2 * brightness.min()
+        gray = (crops - crops.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-6
+        assert gray.float().mean().item() == pytest.approx(0.1, abs=0.06)
+
+    def test_no_photographs_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match="no photographs"):
+            CropSampler([])
+
+
+class TestDrawSeverities:
+    def test_counts_and_range(self) -> None:
+        drawn = draw_severities(80, seeded(), low=0.3, high=0.7)
+        assert Counter(map(len, drawn)) == {0: 10, 1: 50, 2: 10, 3: 10}
+        values = [value for severities in drawn for value in severities.values()]
+        assert 0.3 <= min(values) < 0.35
+        assert 0.65 < max(values) <= 0.7
+        assert draw_severities(80, seeded(), low=0.3, high=0.7) == drawn
+        assert draw_severities(80, seeded(1), low=0.3, high=0.7) != drawn
+
+    def test_families_take_turns(self) -> None:
+        drawn = draw_severities(56, seeded())
+        first = [FAMILY_OF[next(iter(severities))] for severities in drawn if severities]
+        # 49 of 56 images are damaged, each family's first 7 times.
+        assert Counter(first) == dict.fromkeys(FAMILIES, 7)
+
+    def test_every_family_is_as_frequent_and_every_kind_within_it(self) -> None:
+        names = [
+            name for batch in range(200) for s in draw_severities(56, seeded(batch)) for name in s
+        ]
+        families = Counter(FAMILY_OF[name] for name in names)
+        assert len(names) == 200 * 70
+        for family in FAMILIES:
+            assert families[family] == pytest.approx(2000, rel=0.06)
+        kinds = Counter(FAMILY_OF.values())
+        counts = Counter(names)
+        for name in DEGRADATIONS:
+            family = FAMILY_OF[name]
+            assert counts[name] == pytest.approx(families[family] / kinds[family], rel=0.12)
+
+    def test_no_two_of_one_family(self) -> None:
+        for severities in draw_severities(400, seeded()):
+            assert len({FAMILY_OF[name] for name in severities}) == len(severities)
+
+
+class TestDegradeEach:
+    def test_labels_say_what_was_done(self) -> None:
+        clean = torch.rand(4, 3, 24, 24, generator=seeded())
+        drawn = [{}, {"motion_blur": 0.4}, {"jpeg": 0.9, "haze": 0.2}, {"poisson_noise": 0.7}]
+        samples = degrade_each(clean, drawn, seeded())
+        labels = [
+            {FAMILIES[column]: round(value, 4) for column, value in enumerate(row) if value}
+            for row in samples.severity.tolist()
+        ]
+        assert labels == [{}, {"blur": 0.4}, {"haze": 0.2, "jpeg": 0.9}, {"noise": 0.7}]
+        changed = (samples.degraded != clean).flatten(1).any(dim=1)
+        assert changed.tolist() == [False, True, True, True]
+        assert torch.equal(samples.clean, clean)
+
+    def test_damages_in_the_order_of_a_photograph(self) -> None:
+        clean = torch.rand(1, 3, 24, 24, generator=seeded())
+        severities = {"jpeg": 0.9, "rain": 0.6, "defocus_blur": 0.3}
+        samples = degrade_each(clean, [severities], seeded(3))
+        assert torch.equal(samples.degraded, mix(clean, severities, seeded(3)))
+
+    def test_leaves_the_clean_images_alone(self) -> None:
+        clean = torch.rand(8, 3, 16, 16, generator=seeded())
+        before = clean.clone()
+        degrade_each(clean, draw_severities(8, seeded()), seeded())
+        assert torch.equal(clean, before)

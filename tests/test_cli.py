@@ -1,0 +1,471 @@
+"""The command line, run as users run it: real files, real training, real kills."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from perceive_adapter import ConfigError, QualityPerceiver
+from perceive_adapter.cli import COMMANDS, main
+from perceive_adapter.cli.options import device, integer, rate
+from perceive_adapter.data import FAMILIES
+from perceive_adapter.perceiver.towers import build_clip
+from perceive_adapter.training.pretrain import TinyTowers, as_perceiver
+from perceive_adapter.training.runs import audit_elsewhere, split_photos
+
+TINY_VIT: dict[str, Any] = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+}
+SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket", "brick")
+QUICK = ["--scenes", "2", "--sides", "32", "40", "--restorer-steps", "2", "--device", "cpu"]
+LENGTHS = ["--pretrain-steps", "3", "--steps", "60", "--checkpoint-every", "1"]
+KILLED = ["--clip", "perceive-tiny", *LENGTHS]
+WEIGHTS = "perceiver_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six photographs, one of them gray, in two folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for index, scene in enumerate(SCENES):
+        image = Image.fromarray(getattr(skimage.data, scene)())
+        image.thumbnail((96, 96))
+        image.save(folder / ("more" if index % 2 else ".") / f"{scene}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small perceiver, its prompts moved so that it does not warn."""
+    perceiver = QualityPerceiver.create(TINY_VIT, None, context_length=4, degradations=FAMILIES)
+    with torch.no_grad():
+        perceiver.prompts.context += 0.1
+    return perceiver.save_pretrained(tmp_path_factory.mktemp("perceiver"))
+
+
+def perceive(*arguments: object) -> int:
+    return main(["perceive", *map(str, arguments)])
+
+
+def train(*arguments: object) -> int:
+    return main(["train-perceiver", *map(str, arguments), *QUICK])
+
+
+# perceive
+
+
+def test_a_table(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the perceiver that comes with the package."""
+    assert perceive(photos) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["file", "score", "tier", "degradations", "and", "their", "severity"]
+    assert len(rows) == len(SCENES)
+    bundled = QualityPerceiver.from_pretrained("perceive-tiny")
+    for row, name in zip(rows, sorted(photos.rglob("*.png")), strict=True):
+        file, score, tier, *_ = row.split()
+        assert file == str(name)
+        assert 0 <= float(score) <= 1
+        assert tier in bundled.tiers
+
+
+def test_the_table_lists_what_is_present(tmp_path: Path, saved: Path, capsys: Any) -> None:
+    Image.new("RGB", (40, 40), "gray").save(tmp_path / "gray.png")
+    chosen = QualityPerceiver.from_pretrained(saved)
+    with torch.no_grad():
+        chosen.heads.presence.weight.zero_()
+        chosen.heads.presence.bias.copy_(torch.tensor([-9.0, 9, 9, -9, -9, -9, -9]))
+        chosen.heads.severity.weight.zero_()
+        chosen.heads.severity.bias.copy_(torch.tensor([9.0, -1, 1, 0, 0, 0, 0]))
+    chosen.save_pretrained(tmp_path / "p")
+    assert perceive(tmp_path / "gray.png", "--perceiver", tmp_path / "p") == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.endswith(f"{FAMILIES[2].replace('_', ' ')} 0.73, {FAMILIES[1]} 0.27")
+    with torch.no_grad():
+        chosen.heads.presence.bias.fill_(-9)
+    chosen.save_pretrained(tmp_path / "p")
+    assert perceive(tmp_path / "gray.png", "--perceiver", tmp_path / "p") == 0
+    assert capsys.readouterr().out.endswith("  none\n")
+
+
+def test_json_agrees_with_the_perceiver(photos: Path, saved: Path, capsys: Any) -> None:
+    perceiver = QualityPerceiver.from_pretrained(saved)
+    assert perceive(photos, "--json", "--perceiver", saved) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["file"] for record in records] == [str(p) for p in sorted(photos.rglob("*.png"))]
+    for record in records:
+        pixels = np.array(Image.open(record["file"]).convert("RGB"))
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            expected = perceiver(image)
+        assert record["score"] == pytest.approx(expected.score.item(), abs=1e-6)
+        assert list(record["tiers"]) == list(perceiver.tiers)
+        assert list(record["tiers"].values()) == pytest.approx(expected.tiers[0].tolist(), abs=1e-6)
+        assert record["tier"] == perceiver.tiers[int(expected.tiers.argmax())]
+        assert list(record["severity"]) == list(FAMILIES)
+        for name in ("degradations", "severity"):
+            values = getattr(expected, name)[0].tolist()
+            assert list(record[name].values()) == pytest.approx(values, abs=1e-6)
+        assert record["embedding"] == pytest.approx(expected.embedding[0].tolist(), abs=1e-6)
+
+
+def test_maps(tmp_path: Path, saved: Path, capsys: Any) -> None:
+    """Each of its image's size, none in another's place, no input overwritten."""
+    sizes = {"a.png": (50, 30), "b/a.png": (33, 70), "a-quality.png": (20, 20), "c.jpg": (1, 1)}
+    (tmp_path / "b").mkdir()
+    for name, size in sizes.items():
+        Image.new("RGB", size, "gray").save(tmp_path / name)
+    before = {name: (tmp_path / name).read_bytes() for name in sizes}
+    given = [tmp_path / name for name in sizes]
+    code = perceive(*given, "--json", "--map", tmp_path, "--perceiver", saved)
+    assert code == 0
+    records = json.loads(capsys.readouterr().out)
+    maps = {name: Path(record["map"]) for name, record in zip(sizes, records, strict=True)}
+    assert len(set(maps.values())) == len(sizes)
+    for name, size in sizes.items():
+        assert Image.open(maps[name]).size == size
+        assert (tmp_path / name).read_bytes() == before[name]
+
+
+def test_a_map_shows_where_the_quality_is_low(tmp_path: Path) -> None:
+    from perceive_adapter.cli.perceive import _draw
+
+    quality = torch.tensor([[0.0, 1.0]])
+    _draw(torch.full((3, 40, 80), 128, dtype=torch.uint8), quality, tmp_path / "map.png")
+    drawn = np.array(Image.open(tmp_path / "map.png")).astype(int)
+    red, _, blue = drawn.transpose(2, 0, 1)
+    assert (red - blue)[:, :20].min() > 20
+    assert (blue - red)[:, 60:].min() > 20
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P"])
+def test_kinds_of_image(mode: str, tmp_path: Path, saved: Path, capsys: Any) -> None:
+    file = tmp_path / "image.png"
+    Image.fromarray(skimage.data.chelsea()[:64, :48]).convert(mode).save(file)
+    assert perceive(file, "--json", "--map", tmp_path, "--perceiver", saved) == 0
+    record = json.loads(capsys.readouterr().out)[0]
+    assert Image.open(record["map"]).size == (48, 64)
+
+
+def test_unreadable_files(photos: Path, tmp_path: Path, saved: Path, capsys: Any) -> None:
+    """They are named, with the remedy, and the others are done."""
+    whole = (photos / "astronaut.png").read_bytes()
+    bad = {"text.jpg": b"no image", "cut.png": whole[: len(whole) // 2]}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    (tmp_path / "empty").mkdir()
+    skipped = [*bad, "deep.png", "missing.png", "empty"]
+    given = [photos, *(tmp_path / name for name in skipped)]
+    assert perceive(*given, "--json", "--perceiver", saved) == 1
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == len(SCENES)
+    complaints = captured.err.splitlines()
+    for name in skipped:
+        (complaint,) = (line for line in complaints if f"{tmp_path / name}: " in line)
+        assert "leave this one out" in complaint or "Give a folder" in complaint
+    assert "Traceback" not in captured.err
+
+
+def test_an_unknown_perceiver(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    assert perceive(photos, "--perceiver", tmp_path) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "perceiver_config.json" in captured.err
+    assert "Give the folder that save_pretrained wrote" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_help_is_complete_and_fast() -> None:
+    """It names every command, and loads neither torch nor anything else that is slow."""
+    code = (
+        "import sys; from perceive_adapter.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: sys.stderr.write(str([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr == "[]"
+    for command in COMMANDS:
+        assert command.NAME in run.stdout
+        assert command.SUMMARY.split()[0] in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("read", "good", "bad"),
+    [
+        (integer(1, 9), ["1", "9"], ["0", "10", "2.5", "x", ""]),
+        (rate, ["4e-5", "1"], ["0", "-1", "nan", "inf", "2", "x"]),
+        (device, ["cpu", "auto"], ["gpu", "cpu:x", "", "cuda:99"]),
+    ],
+)
+def test_values_of_options(read: Any, good: list[str], bad: list[str]) -> None:
+    for text in good:
+        read(text)
+    for text in bad:
+        with pytest.raises(Exception, match=r"expected|no such device"):
+            read(text)
+
+
+# train-perceiver
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of perceive-tiny from scratch, restorers included, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert train("--data", photos, "--out", out, *KILLED) == 0
+    return out, printed.getvalue()
+
+
+def test_training_from_scratch(uninterrupted: tuple[Path, str]) -> None:
+    out, printed = uninterrupted
+    perceiver = QualityPerceiver.from_pretrained(out)
+    assert perceiver.trained
+    assert perceiver.degradations == FAMILIES
+    audit = json.loads((out / "audit.json").read_text())
+    mean, worst = audit["figures"]["mean"], audit["figures"]["worst"]
+    assert len(audit["audited"]) == audit["photographs audited"] == 3
+    assert audit["photographs trained on"] == 3
+    gates = [(g["figure"], g["over"], g["at least"]) for g in audit["gates"]]
+    assert gates == [
+        ("tier accuracy", "mean", 0.85),
+        ("tier accuracy", "worst", 0.75),
+        ("triplets right", "mean", 0.7),
+        ("monotonic", "mean", 0.9),
+        ("monotonic", "worst", 0.8),
+    ]
+    assert f"| 0.75 | {worst['tier accuracy']:.3f} | m" in printed
+    assert f"| mean | {mean['tier accuracy']:.3f} | " in printed
+    card = (out / "README.md").read_text()
+    assert f"(authors' gate: 0.85) | {mean['tier accuracy']:.4g} |" in card
+    assert "| medium images | restored |" in card
+
+
+def test_the_same_command_again_changes_nothing(
+    uninterrupted: tuple[Path, str], photos: Path
+) -> None:
+    out, _ = uninterrupted
+    before = (out / WEIGHTS).read_bytes()
+    assert train("--data", photos, "--out", out, *KILLED) == 0
+    assert (out / WEIGHTS).read_bytes() == before
+
+
+def kill_at(file: Path, arguments: list[str]) -> None:
+    """Run the command in a process of its own, and kill that once it has written a file."""
+    code = "import sys; from perceive_adapter.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert file.exists()
+
+
+def steps_done(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True)["step"])
+
+
+def test_a_killed_run_ends_with_the_same_weights(
+    uninterrupted: tuple[Path, str], photos: Path, tmp_path: Path
+) -> None:
+    out, checkpoints = tmp_path / "killed", tmp_path / "killed" / "checkpoints"
+    options = ["--data", str(photos), "--out", str(out), *KILLED]
+    for name, steps in (("pretrain.pt", 3), ("stage1.pt", 60)):
+        kill_at(checkpoints / name, ["train-perceiver", *options, *QUICK])
+        assert 0 < steps_done(checkpoints / name) < steps
+        assert not (out / WEIGHTS).exists()
+    # What a kill in the middle of writing leaves: it is never taken for a checkpoint.
+    (checkpoints / ".stage1.pt.1234").write_bytes(b"half")
+    assert train(*options) == 0
+    killed, whole = (load_file(folder / WEIGHTS) for folder in (out, uninterrupted[0]))
+    assert killed.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(killed[name], tensor), name
+    assert (out / "audit.json").read_text() == (uninterrupted[0] / "audit.json").read_text()
+
+
+@pytest.fixture
+def small_clip(tmp_path: Path) -> list[str]:
+    """Options that name a small CLIP of open_clip's, and a file of its weights."""
+    (tmp_path / "small-test-clip.json").write_text(json.dumps(TINY_VIT))
+    open_clip.add_model_config(tmp_path / "small-test-clip.json")
+    weights = build_clip(TINY_VIT, None).state_dict()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        tmp_path / "clip.safetensors",
+    )
+    return ["--clip", "small-test-clip", "--pretrained", str(tmp_path / "clip.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("medium", "heads"), [("restored", "--heads"), ("blend", "--no-heads"), ("milder", "--heads")]
+)
+def test_training_on_a_clip(
+    medium: str, heads: str, small_clip: list[str], photos: Path, tmp_path: Path
+) -> None:
+    """Prompts and heads train, and nothing else."""
+    options = ["--medium", medium, heads, "--steps", "2", "--learning-rate", "0.01", *small_clip]
+    words = ["--words", "bad", "fair", "good"]
+    assert train("--data", photos, "--out", tmp_path / "out", *options, *words) == 0
+    trained = QualityPerceiver.from_pretrained(tmp_path / "out")
+    start = QualityPerceiver.create(
+        "small-test-clip",
+        small_clip[-1],
+        words=words[1:],
+        degradations=FAMILIES if heads == "--heads" else (),
+    )
+    assert trained.trained
+    assert trained.config.words == ("bad", "fair", "good")
+    before = start.state_dict()
+    changed = {name for name, t in trained.state_dict().items() if not torch.equal(t, before[name])}
+    assert {name.split(".")[0] for name in changed} == (
+        {"prompts", "heads"} if heads == "--heads" else {"prompts"}
+    )
+    restorers = (tmp_path / "out" / "checkpoints").glob("restorer-*.pt")
+    assert len(list(restorers)) == (2 if medium == "restored" else 0)
+
+
+def test_an_output_folder_belongs_to_one_run(
+    uninterrupted: tuple[Path, str], photos: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out, _ = uninterrupted
+    data = ["--data", photos]
+    assert train(*data, "--out", out, *KILLED, "--seed", 1) == 2
+    assert "Run with the same options and photographs" in capsys.readouterr().err
+    assert train(*data, "--out", out, "--clip", "perceive-tiny", "--medium", "blend") == 2
+    assert "'medium': 'restored'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert train(*data, "--out", tmp_path / "file", *KILLED) == 2
+    assert "give the name of a folder" in capsys.readouterr().err
+    (tmp_path / "perceiver_config.json").touch()
+    assert train(*data, "--out", tmp_path, *KILLED) == 2
+    assert "which would be lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["options.json", "stage1.pt", "pretrain.pt"])
+def test_a_damaged_checkpoint_is_refused(
+    name: str, uninterrupted: tuple[Path, str], photos: Path, capsys: Any
+) -> None:
+    file = uninterrupted[0] / "checkpoints" / name
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[: len(whole) // 2])
+        assert train("--data", photos, "--out", uninterrupted[0], *KILLED) == 2
+        complaint = capsys.readouterr().err
+        assert repr(str(file)) in complaint
+        assert "delete it to start afresh" in complaint
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--clip RN50 --pretrain-steps 3", "Leave it out"),
+        ("--clip perceive-tiny --learning-rate 1e-5", "expected it to fall"),
+        ("--clip perceive-tiny --words bad mediocre flawless", "does not know, ['flawless']"),
+        ("--clip perceive-tiny --context-length 23", "Use at most 22"),
+        ("--clip no-such-clip", "no-such-clip"),
+    ],
+)
+def test_options_that_cannot_work(
+    options: str, complaint: str, photos: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """They are found before anything is trained or written."""
+    assert train("--data", photos, "--out", tmp_path / "out", *options.split()) == 2
+    captured = capsys.readouterr()
+    assert complaint in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_photographs_that_cannot_be_used(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    options = ["--data", data, "--out", out, *KILLED]
+    assert train(*options) == 2
+    assert "is no folder" in capsys.readouterr().err
+    data.mkdir()
+    for file in sorted(photos.rglob("*.png"))[:4]:
+        (data / file.name).write_bytes(file.read_bytes())
+        (data / f"copy-of-{file.name}").write_bytes(file.read_bytes())
+    assert train(*options) == 2
+    assert "got 4 different photographs: expected at least 5" in capsys.readouterr().err
+    (data / "text.png").write_text("no image")
+    assert train(*options) == 2
+    assert f"{str(data / 'text.png')!r} cannot be used" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_split_hangs_on_contents_and_seed(tmp_path: Path) -> None:
+    files = [tmp_path / f"{index}.jpg" for index in range(40)]
+    for index, file in enumerate(files):
+        file.write_text(str(index))
+    split = split_photos(files)
+    assert (len(split.audit), len(split.trained)) == (4, 36)
+    assert sorted([*split.audit, *split.trained]) == sorted(files)
+    assert split_photos(files[::-1]) == split
+    assert split_photos(files, seed=1).audit != split.audit
+    assert split_photos(files[1:]).digest != split.digest
+    copy = tmp_path / "copy.jpg"
+    copy.write_text("7")
+    assert split_photos([*files, copy]) == split
+    with pytest.raises(ConfigError, match="at least 5"):
+        split_photos(files[:4])
+
+
+def test_an_audit_elsewhere_trains_on_everything_but_never_on_what_it_audits(
+    tmp_path: Path,
+) -> None:
+    files = [tmp_path / f"{index}.jpg" for index in range(6)]
+    for index, file in enumerate(files):
+        file.write_text(str(index))
+    split = audit_elsewhere(files[:4], files[4:])
+    assert split.trained == tuple(files[:4])
+    assert split.audit == tuple(files[4:])
+    with pytest.raises(ConfigError, match="both to be trained on and audited on"):
+        audit_elsewhere(files[:4], files[3:])
+    with pytest.raises(ConfigError, match="two at least"):
+        audit_elsewhere(files[:1], files[1:])
+
+
+def test_towers_become_a_perceiver_and_stay_as_they_are(tmp_path: Path) -> None:
+    towers = TinyTowers(seed=3).eval()
+    before = {name: tensor.clone() for name, tensor in towers.state_dict().items()}
+    perceiver = as_perceiver(towers)
+    after = towers.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    image = torch.rand(2, 3, 64, 48)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(perceiver.embed(image), towers.embed(image))
+        severity = towers.heads(towers.embed(image))[1].sigmoid()
+        torch.testing.assert_close(perceiver(image).severity, severity)
+    perceiver.save_pretrained(tmp_path)
+    assert QualityPerceiver.from_pretrained(tmp_path).fingerprint() == perceiver.fingerprint()

@@ -1,0 +1,177 @@
+"""The training loop: killed and started again, it ends with the same weights."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter.errors import CheckpointError
+from perceive_adapter.training.loop import Schedule, seeded, train
+
+SCHEDULE = Schedule(steps=12, learning_rate=1e-2, warmup=3, weight_decay=0.1)
+
+
+class Net(nn.Module):
+    """Has batch statistics, which a checkpoint must keep too, and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+    def loss(self, step: int) -> Tensor:
+        inputs = torch.randn(16, 4, generator=seeded(3, step))
+        return (self.body(self.frozen(inputs)) - inputs.sum(1, keepdim=True)).square().mean()
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def fresh() -> Net:
+    return Net()
+
+
+def run(net: Net, file: Path | None, *, dies_at: int = -1, schedule: Schedule = SCHEDULE) -> Net:
+    net = copy.deepcopy(net)
+
+    def loss_at(step: int) -> Tensor:
+        if step == dies_at:
+            raise Killed
+        return net.loss(step)
+
+    train({"net": net}, loss_at, schedule, checkpoint=file, every=5)
+    return net
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    other = second.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
+
+
+def test_minimises_the_loss_and_leaves_what_is_frozen(fresh: Net) -> None:
+    trained = run(fresh, None, schedule=Schedule(200, 1e-2))
+    assert trained.loss(999) < 0.1 * fresh.loss(999)
+    assert same(trained.frozen, fresh.frozen)
+
+
+@pytest.mark.parametrize("dies_at", [3, 5, 7, 11])
+def test_goes_on_bit_for_bit_after_a_kill(fresh: Net, tmp_path: Path, dies_at: int) -> None:
+    file = tmp_path / "run" / "state.pt"
+    with pytest.raises(Killed):
+        run(fresh, file, dies_at=dies_at)
+    assert file.exists() == (dies_at >= 5)
+    resumed = run(fresh, file)
+    assert same(resumed, run(fresh, None))
+    assert not same(resumed, fresh)
+
+
+def test_goes_on_from_the_checkpoint_and_not_from_the_start(fresh: Net, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def loss_at(step: int) -> Tensor:
+        steps.append(step)
+        if len(steps) == 8:
+            raise Killed
+        return fresh.loss(step)
+
+    for _ in range(2):
+        try:
+            train({"net": fresh}, loss_at, SCHEDULE, checkpoint=tmp_path / "state.pt", every=5)
+        except Killed:
+            continue
+    assert steps == [*range(8), *range(5, 12)]
+
+
+def test_a_finished_run_is_not_trained_again(fresh: Net, tmp_path: Path) -> None:
+    done = run(fresh, tmp_path / "state.pt")
+    assert same(run(fresh, tmp_path / "state.pt", dies_at=0), done)
+
+
+def test_checkpoint_of_another_run_is_refused(fresh: Net, tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    run(fresh, file)
+    with pytest.raises(CheckpointError, match=r"state\.pt.*'steps': 12.*expected.*'steps': 13"):
+        run(fresh, file, schedule=Schedule(13, 1e-2, warmup=3, weight_decay=0.1))
+    with pytest.raises(CheckpointError, match=r"run of \['net'\].*expected \['other'\]"):
+        train({"other": fresh}, fresh.loss, SCHEDULE, checkpoint=file)
+    with pytest.raises(CheckpointError, match="of another model"):
+        train({"net": nn.Linear(2, 2)}, fresh.loss, SCHEDULE, checkpoint=file)
+
+
+def test_damaged_checkpoint_is_refused(fresh: Net, tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    run(fresh, file)
+    whole = file.read_bytes()
+    for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"state\.pt' is no checkpoint"):
+            run(fresh, file)
+    for other in (torch.ones(3), {"step": 3}):
+        torch.save(other, file)
+        with pytest.raises(CheckpointError, match="is no checkpoint of a training run"):
+            run(fresh, file)
+
+
+def test_failed_write_leaves_the_old_checkpoint_whole(
+    fresh: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "state.pt"
+    with pytest.raises(Killed):
+        run(fresh, file, dies_at=7)
+    before = file.read_bytes()
+    write = torch.save
+
+    def disk_full(state: object, stream: object) -> None:
+        stream.write(b"half of a state")  # type: ignore[attr-defined]
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        run(fresh, file)
+    assert file.read_bytes() == before
+    monkeypatch.setattr(torch, "save", write)
+    assert same(run(fresh, file), run(fresh, None))
+
+
+def test_no_draft_is_left_beside_a_checkpoint(fresh: Net, tmp_path: Path) -> None:
+    run(fresh, tmp_path / "state.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    schedule = Schedule(steps=100, learning_rate=1.0, final_learning_rate=0.1, warmup=10)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert Schedule(4, 2.0).rate(2) == pytest.approx(1 + math.cos(math.pi / 2))
+
+
+def test_gradient_is_clipped() -> None:
+    weight = nn.Linear(1, 1, bias=False)
+    norms: list[float] = []
+
+    def loss_at(step: int) -> Tensor:
+        if weight.weight.grad is not None:
+            norms.append(weight.weight.grad.norm().item())
+        return 1000 * weight.weight.sum()
+
+    train({"weight": weight}, loss_at, Schedule(3, 1e-3, clip=0.5))
+    assert norms == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+def test_generator_of_a_step_hangs_on_seed_and_step_alone() -> None:
+    drawn = {
+        torch.rand(4, generator=seeded(seed, step)).sum().item()
+        for seed in range(4)
+        for step in range(50)
+    }
+    assert len(drawn) == 200
+    assert torch.equal(torch.rand(4, generator=seeded(2, 7)), torch.rand(4, generator=seeded(2, 7)))

@@ -1,0 +1,145 @@
+"""Stage 1 on a tiny CLIP and real photographs."""
+
+import copy
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from small import folds, perceiver, photos
+from torch import Tensor
+
+from perceive_adapter.data import FAMILIES, FAMILY_OF
+from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
+from perceive_adapter.data.triplets import Blend, Milder
+from perceive_adapter.errors import ConfigError
+from perceive_adapter.training.loop import Schedule, seeded
+from perceive_adapter.training.stage1 import PAPER, Stage1, draw_scenes, train_perceiver
+
+
+def recipe(steps: int, rate: float = 1e-2, side: int = 32) -> Stage1:
+    return Stage1(Schedule(steps, rate, warmup=3), scenes=7, sides=(side, 48))
+
+
+def triplets(tiers: int, count: int = 16) -> tuple[Tensor, Tensor]:
+    """Crops that training does not draw, in all tiers: (count * tiers, 3, 64, 64) and (N,)."""
+    images, labels = [], []
+    for scene in draw_scenes(folds(), 64, Stage1(scenes=count), seeded(99, 0)):
+        degraded = scene.degraded()
+        for tier in range(tiers):
+            remains = 1 - tier / (tiers - 1)
+            images.append(scene.clean + remains * (degraded - scene.clean))
+            labels.append(tier)
+    return torch.cat(images), torch.tensor(labels)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("terrible", "excellent"),
+        ("terrible", "mediocre", "excellent"),
+        ("terrible", "bad", "good", "excellent"),
+    ],
+)
+def test_learns_to_tell_tiers_on_new_crops(words: tuple[str, ...]) -> None:
+    learner = perceiver(tiers=words, words=words)
+    images, labels = triplets(len(words))
+    before = learner.tier_loss(images, labels).item()
+    train_perceiver(learner, folds(), recipe=recipe(30, 3e-2, side=64))
+    after = learner.tier_loss(images, labels).item()
+    score = learner(images).score
+    # The towers are random, and yet better than guessing.
+    assert after < 0.98 * math.log(len(words)) < before
+    assert score[labels == len(words) - 1].mean() > score[labels == 0].mean() + 0.04
+    assert learner.trained
+
+
+def test_trains_prompts_and_heads_and_nothing_else() -> None:
+    learner = perceiver(degradations=FAMILIES)
+    before = copy.deepcopy(learner.state_dict())
+    state = torch.get_rng_state()
+    train_perceiver(learner, folds(), recipe=recipe(3))
+    after = learner.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    heads = {name for name in after if name.startswith("heads.")}
+    assert changed == {"prompts.context"} | heads
+    assert len(heads) == 6
+    assert not any(parameter.requires_grad for parameter in learner.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_heads_learn_on_new_crops() -> None:
+    learner = perceiver(degradations=FAMILIES)
+    generator = seeded(99, 0)
+    clean = folds()[0].draw(64, 48, generator)
+    samples = degrade_each(clean, draw_severities(64, generator), generator)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return learner.heads.loss(learner.embed(samples.degraded), samples.severity).item()
+
+    before = loss()
+    train_perceiver(learner, folds(), recipe=recipe(20))
+    assert loss() < 0.75 * before
+
+
+def test_a_frozen_perceiver_is_trained_on_and_the_seed_decides() -> None:
+    contexts = []
+    for seed in (0, 0, 1):
+        learner = perceiver().requires_grad_(False)
+        chosen = Stage1(Schedule(2, 1e-2), scenes=7, sides=(32,), seed=seed)
+        train_perceiver(learner, folds(), recipe=chosen)
+        contexts.append(learner.prompts.context)
+    assert torch.equal(contexts[0], contexts[1])
+    assert not torch.equal(contexts[0], contexts[2])
+
+
+def test_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    learner, again = perceiver(), perceiver()
+    train_perceiver(learner, folds(), recipe=recipe(2), checkpoint=tmp_path / "stage1.pt")
+    train_perceiver(again, folds(), recipe=recipe(2), checkpoint=tmp_path / "stage1.pt")
+    assert torch.equal(learner.prompts.context, again.prompts.context)
+    assert again.trained
+
+
+def test_scenes_have_equal_quotas_of_both_folds_and_of_every_family() -> None:
+    # One fold is dark, the other bright, so that the crops tell where they come from.
+    dark, bright = (
+        CropSampler([photo.float().mul(0.2).add(offset).byte()])
+        for photo, offset in zip(photos()[:2], (0, 200), strict=True)
+    )
+    for step in range(10):
+        chosen = Stage1(scenes=14, low=0.6)
+        scenes = draw_scenes((dark, bright), 32, chosen, seeded(0, step))
+        assert [scene.fold for scene in scenes] == [0, 1] * 7
+        assert all((scene.clean.mean() > 0.4) == bool(scene.fold) for scene in scenes)
+        firsts = Counter(FAMILY_OF[next(iter(scene.severities))] for scene in scenes)
+        assert firsts == dict.fromkeys(FAMILIES, 2)
+        assert all(0.6 <= value <= 1 for s in scenes for value in s.severities.values())
+        assert len({scene.seed for scene in scenes}) == 14
+    assert len(draw_scenes((dark, bright), 32, Stage1(scenes=1), seeded(0, 0))) == 1
+
+
+def test_mediums_belong_to_the_tiers_between() -> None:
+    learner = perceiver()
+    for mediums in ([], [Blend(), Milder()]):
+        with pytest.raises(ConfigError, match=rf"got {len(mediums)} mediums.*expected 1, one"):
+            train_perceiver(learner, folds(), recipe=recipe(1), mediums=mediums)
+    two = perceiver(tiers=("low", "high"))
+    with pytest.raises(ConfigError, match=r"got 1 mediums.*expected 0"):
+        train_perceiver(two, folds(), recipe=recipe(1), mediums=[Blend()])
+    assert not learner.trained
+
+
+def test_other_heads_and_folds_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"heads tell \('fog',\), and training makes \('haze'"):
+        train_perceiver(perceiver(degradations=("fog",)), folds(), recipe=recipe(1))
+    with pytest.raises(ConfigError, match="got 1 folds"):
+        train_perceiver(perceiver(), folds()[:1], recipe=recipe(1))
+
+
+def test_defaults_are_the_papers() -> None:
+    assert Stage1() == PAPER
+    assert PAPER.schedule == Schedule(100_000, 4e-5, 1e-6)
+    assert PAPER.sides == (224,)
