@@ -13,10 +13,13 @@ light, at equal steps on the same batches. What differs is what steers the promp
 - oracle: the true degradation and its true severity, which nobody knows in practice.
 
 DIR/train/clean is trained on, DIR/test/denoise/CBSD68/gt is reported on, whole images. The share
-that a row closes is its distance from "none" over that of the oracle, in mean PSNR.
+that a row closes is its distance from "none" over that of the oracle, in mean PSNR. Every finished
+row is kept in out/perception_worth, and not run again with the same settings.
 """
 
 import argparse
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +47,8 @@ COLUMNS = torch.tensor([FAMILIES.index(FAMILY_OF[name]) for name in NAMES])
 TOLD = {"degradations": len(FAMILIES), "severity": len(FAMILIES)}
 BATCH, CONTEXT, PATCH = 8, 128, 64  # perceived at 128 px, restored at 64 px
 BARE = "backbone alone"
+PERCEIVED = ("perceive-tiny", "wrap's default")
+KEPT = Path("out/perception_worth")
 TEST_SEVERITIES = (0.3, 0.6)
 
 
@@ -187,31 +192,60 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--images", type=int, default=16, help="test images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, help="Markdown file to write the tables to")
+    parser.add_argument("--rows", nargs="+", help="only these, to be run before the others")
+    parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
     return parser.parse_args()
+
+
+def run_row(
+    name: str,
+    row: Row,
+    sampler: CropSampler,
+    tests: Sequence[Batch],
+    arguments: argparse.Namespace,
+    perceiver: str,
+) -> list[float]:
+    """Train and measure a row for every seed, and return the means; finished runs are kept."""
+    runs = []
+    for seed in arguments.seeds:
+        settings = {
+            "row": name,
+            "seed": seed,
+            "steps": arguments.steps,
+            "images": arguments.images,
+            "perceiver": perceiver if name in PERCEIVED else None,
+            "torch": torch.__version__,
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        file = KEPT / f"{digest}.json"
+        if not file.exists():
+            start = time.perf_counter()
+            model = train(row, sampler, arguments.steps, seed)
+            psnr = measure(lambda b, m=model: m(b.degraded, perception=row.perceive(m, b)), tests)
+            KEPT.mkdir(parents=True, exist_ok=True)
+            seconds = time.perf_counter() - start
+            file.write_text(json.dumps({**settings, "psnr": psnr, "seconds": seconds}, indent=2))
+        runs.append(json.loads(file.read_text())["psnr"])
+        print(f"{name}, seed {seed}: {[round(value, 2) for value in runs[-1]]}", flush=True)
+    return torch.tensor(runs).mean(0).tolist()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    rows = make_rows(QualityPerceiver.from_pretrained(arguments.perceiver))
+    perceiver = QualityPerceiver.from_pretrained(arguments.perceiver)
+    rows = make_rows(perceiver)
     sampler = CropSampler(load_photos(find_images(arguments.data / "train" / "clean")))
     test = find_images(arguments.data / "test" / "denoise" / "CBSD68" / "gt")
     tests = make_tests(load_photos(test[:: max(1, len(test) // arguments.images)]))
     denoiser = load_denoiser()
     results = {BARE: measure(lambda batch: denoiser(batch.degraded), tests)}
-    for name, row in rows.items():
-        start, runs = time.perf_counter(), []
-        for seed in arguments.seeds:
-            model = train(row, sampler, arguments.steps, seed)
-
-            def restore(batch: Batch, model: PerceiveModel = model, row: Row = row) -> Tensor:
-                return model(batch.degraded, perception=row.perceive(model, batch))
-
-            runs.append(measure(restore, tests))
-        results[name] = torch.tensor(runs).mean(0).tolist()
-        seconds = time.perf_counter() - start
-        print(f"{name}: {[round(v, 2) for v in results[name]]}, {seconds:.0f} s", flush=True)
-    text = "\n".join([describe(), "", *report(results), ""])
+    for name in arguments.rows or rows:
+        found = run_row(name, rows[name], sampler, tests, arguments, perceiver.fingerprint())
+        results[name] = found
+    if arguments.rows:
+        return
+    seeds = f"{arguments.steps} steps, seeds {arguments.seeds}, {len(tests)} damaged images"
+    text = "\n".join([describe(), seeds, "", *report(results), ""])
     print(f"\n{text}")
     if arguments.out:
         arguments.out.write_text(text)

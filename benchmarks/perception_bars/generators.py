@@ -168,7 +168,7 @@ FOREIGN: Final[dict[str, tuple[str, Generator]]] = {
     "sloped veil in linear light (NumPy)": ("haze", sloped_veil),
     "power and scale (NumPy)": ("low_light", dimmed),
     "fewer stops of linear light (NumPy)": ("low_light", fewer_stops),
-    "area down, bilinear up (OpenCV)": ("downsampling", shrink_and_enlarge),
+    "area down, bilinear up (OpenCV)": ("blur", shrink_and_enlarge),
 }
 """For each generator, what a perceiver should call it, and the generator."""
 

@@ -27,7 +27,7 @@ class Bar:
 
     def row(self) -> tuple[str, str, str, str]:
         """Name, figure, bar and mark."""
-        limit = f"{'<' if self.below else '>='} {self.limit:.2f}"
+        limit = f"{'<' if self.below else '>='} {self.limit:.3g}"
         return self.name, f"{self.measured:.3f}", limit, "pass" if self.reached else "MISS"
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from perceive_adapter import PerceiveModel
-from perceive_adapter.data import DEGRADATIONS, degrade
+from perceive_adapter.data import degrade
 from perceive_adapter.losses import DegradationContrastiveLoss, RestorationObjective
 
-NAMES = tuple(DEGRADATIONS)
+NAMES = ("gaussian_noise", "rain", "haze", "low_light")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from finetune import NAMES
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -12,7 +13,8 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from perceive_adapter.data import DEGRADATIONS, degrade
+from perceive_adapter import QualityPerceiver
+from perceive_adapter.data import FAMILY_OF, degrade
 
 SEVERITIES = (0.3, 0.6)
 
@@ -29,13 +31,25 @@ class Case:
 def damage(photos: Sequence[Tensor]) -> list[Case]:
     """Every photograph with every degradation at every severity, the same at every call."""
     cases = []
-    for name in DEGRADATIONS:
+    for name in NAMES:
         for seed, photo in enumerate(photos):
             for severity in SEVERITIES:
                 generator = torch.Generator().manual_seed(seed)
                 degraded = degrade(photo[None], name, severity, generator)
                 cases.append(Case(name, degraded, photo[None]))
     return cases
+
+
+@torch.no_grad()
+def count_told(perceiver: QualityPerceiver, cases: Sequence[Case]) -> str:
+    """How often the perceiver puts the right degradation first."""
+    told = []
+    for name in NAMES:
+        column = perceiver.degradations.index(FAMILY_OF[name])
+        seen = [perceiver(c.degraded).degradations[0] for c in cases if c.degradation == name]
+        right = sum(int(presence.argmax()) == column for presence in seen)
+        told.append(f"{right} of {len(seen)} with {name.replace('_', ' ')}")
+    return ", ".join(told)
 
 
 @torch.no_grad()
@@ -64,12 +78,12 @@ def print_table(cases: Sequence[Case], before: Sequence[Tensor], after: Sequence
         ]
     )
     columns = f"{'input':>8}{'backbone':>10}{'wrapped':>9}{'gain':>8}"
-    print(f"{'':12}{'PSNR (dB)':^{len(columns)}}   {'SSIM':^{len(columns)}}")
-    print(f"{'':12}{columns}   {columns}")
-    for name in (*DEGRADATIONS, "mean"):
+    print(f"{'':16}{'PSNR (dB)':^{len(columns)}}   {'SSIM':^{len(columns)}}")
+    print(f"{'':16}{columns}   {columns}")
+    for name in (*NAMES, "mean"):
         chosen = torch.tensor([name in (case.degradation, "mean") for case in cases])
         cells = scores[chosen].mean(0).tolist()
-        print(f"{name.replace('_', ' '):12}{_cells(cells[:3], 2)}   {_cells(cells[3:], 3)}")
+        print(f"{name.replace('_', ' '):16}{_cells(cells[:3], 2)}   {_cells(cells[3:], 3)}")
 
 
 def _cells(scores: Sequence[float], digits: int) -> str:
@@ -83,9 +97,9 @@ def draw_grid(
 ) -> Path:
     """One row for each degradation, each of another photograph, at the higher severity."""
     titles = ("degraded", "backbone alone", "wrapped", "target")
-    figure = Figure(figsize=(12, 2.6 * len(DEGRADATIONS)), layout="constrained")
-    grid = figure.subplots(len(DEGRADATIONS), len(titles))
-    for row, (name, axes) in enumerate(zip(DEGRADATIONS, grid, strict=True)):
+    figure = Figure(figsize=(12, 2.6 * len(NAMES)), layout="constrained")
+    grid = figure.subplots(len(NAMES), len(titles))
+    for row, (name, axes) in enumerate(zip(NAMES, grid, strict=True)):
         of_this = [index for index, case in enumerate(cases) if case.degradation == name]
         photo = len(SEVERITIES) * row % len(of_this)
         index = of_this[photo + len(SEVERITIES) - 1]

@@ -18,7 +18,7 @@ import torch
 from denoiser import load_denoiser
 from finetune import Stage, draw_batches, learn_to_perceive, learn_to_restore
 from images import load_held_out, load_photos
-from report import damage, draw_grid, print_table, restore_all
+from report import count_told, damage, draw_grid, print_table, restore_all
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,6 +84,7 @@ def main() -> int:
     print("The backbone: a NAFNet, trained on Gaussian noise and nothing else. Wrapped and frozen:")
     model = wrap(denoiser)
     model.print_trainable_parameters()
+    print(f"Told apart by the bundled perceiver, unasked: {count_told(model.perceiver, cases)}.")
 
     photos = load_photos(HERE / "photos", longest_side=512)
     print(f"\nFine-tuning on noise, rain, haze and low light over {len(photos)} photographs:")

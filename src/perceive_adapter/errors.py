@@ -13,6 +13,7 @@ __all__ = [
     "PerceiveError",
     "PerceptionError",
     "SiteError",
+    "TrainingError",
     "UntrainedPerceiverWarning",
 ]
 
@@ -59,6 +60,10 @@ class CheckpointError(PerceiveError, ValueError):
 
 class AdapterMismatchError(CheckpointError):
     """A saved adapter is sound but belongs to another backbone or perceiver."""
+
+
+class TrainingError(PerceiveError, RuntimeError):
+    """Training cannot go on."""
 
 
 class MissingDependencyError(PerceiveError, ImportError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from perceive_adapter.data import DEGRADATIONS, FAMILIES, FAMILY_OF, degrade, mix
+from perceive_adapter.data import DEGRADATIONS, FAMILIES, FAMILY_OF, KIND_OF, KINDS, degrade, mix
 from perceive_adapter.errors import ConfigError, ImageError
 
 NAMES = tuple(DEGRADATIONS)
@@ -77,12 +77,20 @@ def test_registry_cannot_be_changed() -> None:
 def test_every_degradation_has_a_family() -> None:
     assert tuple(FAMILY_OF) == NAMES
     assert set(FAMILY_OF.values()) == set(FAMILIES)
-    assert len(set(FAMILIES)) == len(FAMILIES) == 7
+    assert len(set(FAMILIES)) == len(FAMILIES) == 6
     assert {name for name in NAMES if FAMILY_OF[name] == "blur"} == {
         "gaussian_blur",
         "defocus_blur",
         "motion_blur",
+        "downsampling",
     }
+
+
+def test_kinds_are_finer_than_families() -> None:
+    assert tuple(KIND_OF) == NAMES
+    assert len(set(KINDS)) == len(KINDS) == 7
+    for kind in KINDS:
+        assert len({FAMILY_OF[name] for name in NAMES if KIND_OF[name] == kind}) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

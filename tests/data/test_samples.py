@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perceive_adapter.data import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
+from perceive_adapter.data import DEGRADATIONS, FAMILIES, KIND_OF, KINDS, mix
 from perceive_adapter.data.samples import (
     CropSampler,
     degrade_each,
@@ -144,29 +144,29 @@ class TestDrawSeverities:
         assert draw_severities(80, seeded(), low=0.3, high=0.7) == drawn
         assert draw_severities(80, seeded(1), low=0.3, high=0.7) != drawn
 
-    def test_families_take_turns(self) -> None:
+    def test_kinds_take_turns(self) -> None:
         drawn = draw_severities(56, seeded())
-        first = [FAMILY_OF[next(iter(severities))] for severities in drawn if severities]
-        # 49 of 56 images are damaged, each family's first 7 times.
-        assert Counter(first) == dict.fromkeys(FAMILIES, 7)
+        first = [KIND_OF[next(iter(severities))] for severities in drawn if severities]
+        # 49 of 56 images are damaged, each kind's first 7 times.
+        assert Counter(first) == dict.fromkeys(KINDS, 7)
 
-    def test_every_family_is_as_frequent_and_every_kind_within_it(self) -> None:
+    def test_every_kind_is_as_frequent_and_every_degradation_within_it(self) -> None:
         names = [
             name for batch in range(200) for s in draw_severities(56, seeded(batch)) for name in s
         ]
-        families = Counter(FAMILY_OF[name] for name in names)
+        kinds = Counter(KIND_OF[name] for name in names)
         assert len(names) == 200 * 70
-        for family in FAMILIES:
-            assert families[family] == pytest.approx(2000, rel=0.06)
-        kinds = Counter(FAMILY_OF.values())
+        for kind in KINDS:
+            assert kinds[kind] == pytest.approx(2000, rel=0.06)
+        sizes = Counter(KIND_OF.values())
         counts = Counter(names)
         for name in DEGRADATIONS:
-            family = FAMILY_OF[name]
-            assert counts[name] == pytest.approx(families[family] / kinds[family], rel=0.12)
+            kind = KIND_OF[name]
+            assert counts[name] == pytest.approx(kinds[kind] / sizes[kind], rel=0.12)
 
-    def test_no_two_of_one_family(self) -> None:
+    def test_no_two_of_one_kind(self) -> None:
         for severities in draw_severities(400, seeded()):
-            assert len({FAMILY_OF[name] for name in severities}) == len(severities)
+            assert len({KIND_OF[name] for name in severities}) == len(severities)
 
 
 class TestDegradeEach:
@@ -175,13 +175,23 @@ class TestDegradeEach:
         drawn = [{}, {"motion_blur": 0.4}, {"jpeg": 0.9, "haze": 0.2}, {"poisson_noise": 0.7}]
         samples = degrade_each(clean, drawn, seeded())
         labels = [
-            {FAMILIES[column]: round(value, 4) for column, value in enumerate(row) if value}
+            {KINDS[column]: round(value, 4) for column, value in enumerate(row) if value}
             for row in samples.severity.tolist()
         ]
         assert labels == [{}, {"blur": 0.4}, {"haze": 0.2, "jpeg": 0.9}, {"noise": 0.7}]
         changed = (samples.degraded != clean).flatten(1).any(dim=1)
         assert changed.tolist() == [False, True, True, True]
         assert torch.equal(samples.clean, clean)
+
+    def test_a_family_is_as_severe_as_its_worst_kind(self) -> None:
+        clean = torch.rand(2, 3, 24, 24, generator=seeded())
+        drawn = [{"motion_blur": 0.4, "downsampling": 0.6}, {"downsampling": 0.3, "jpeg": 0.2}]
+        severity = degrade_each(clean, drawn, seeded()).family_severity
+        labels = [
+            {FAMILIES[column]: round(value, 4) for column, value in enumerate(row) if value}
+            for row in severity.tolist()
+        ]
+        assert labels == [{"blur": 0.6}, {"blur": 0.3, "jpeg": 0.2}]
 
     def test_damages_in_the_order_of_a_photograph(self) -> None:
         clean = torch.rand(1, 3, 24, 24, generator=seeded())

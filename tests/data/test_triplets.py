@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.data import DEGRADATIONS, mix
-from perceive_adapter.data.triplets import Blend, Medium, Milder, Restored, Scene
+from perceive_adapter.data.triplets import Blend, Medium, Milder, Mixed, Restored, Scene
 from perceive_adapter.errors import ConfigError
 
 NAMES = tuple(DEGRADATIONS)
@@ -82,6 +82,17 @@ def test_blend_keeps_the_stated_share(photos: list[Tensor]) -> None:
     degraded = scene.degraded()
     left = (Blend(0.25)(scene, degraded) - scene.clean).abs().mean()
     assert (left / (degraded - scene.clean).abs().mean()).item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_mixed_mediums_take_turns_by_the_seed(photos: list[Tensor]) -> None:
+    sources = (Blend(), Milder(0.2), Blend(0.9))
+    for seed in range(6):
+        scene = Scene(photos[0], {"gaussian_noise": 0.7}, seed)
+        degraded = scene.degraded()
+        expected = sources[seed % 3](scene, degraded)
+        assert torch.equal(Mixed(sources)(scene, degraded), expected)
+    with pytest.raises(ConfigError, match="no mediums"):
+        Mixed([])
 
 
 class TestRestored:

@@ -279,7 +279,12 @@ FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "value range": (zoo.UShape, {"value_range": (1, 0)}, ConfigError, "low < high"),
     "perceiver": (zoo.UShape, {"perceiver": 3}, ConfigError, "expected a QualityPerceiver"),
     "semantic": (zoo.UShape, {"config": AdapterConfig(semantic="no_vit")}, ConfigError, "no_vit"),
-    "unsteered": (zoo.UShape, {"config": AdapterConfig(compact_dim=0)}, ConfigError, "sources"),
+    "unsteered": (
+        zoo.UShape,
+        {"config": AdapterConfig(compact_dim=0), "perceiver": False},
+        ConfigError,
+        "sources",
+    ),
     "adapter": (zoo.UShape, {"pretrained": "/no/folder"}, CheckpointError, "/no/folder"),
     "both": (zoo.UShape, {"pretrained": "a/b", "sites": "middle"}, ConfigError, "leave out"),
 }

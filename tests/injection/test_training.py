@@ -77,7 +77,7 @@ def _checkpointed(checkpointing: bool) -> PerceiveModel:
     net = CASES["checkpointed"].net()
     net.checkpointing = checkpointing
     torch.manual_seed(0)
-    model = wrap(net)
+    model = wrap(net, perceiver=False)
     moved(model.injector)
     return model
 
@@ -112,7 +112,7 @@ def test_forward_passes_that_are_done_with_do_not_count() -> None:
 
 def test_half_precision_backbones_train_with_full_precision_prompts() -> None:
     net = CASES["u_shape"].net().to(torch.bfloat16)
-    model = wrap(net)
+    model = wrap(net, perceiver=False)
     assert {p.dtype for p in model.trainable_parameters()} == {torch.float32}
     for _ in range(2):
         loss = model(CASES["u_shape"].images(2).bfloat16()).float().square().mean()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceive_adapter.data import FAMILIES
+from perceive_adapter.data import KINDS
 from perceive_adapter.data.samples import degrade_each, draw_severities
 from perceive_adapter.perceiver.prompts import DEFAULT_WORDS
 from perceive_adapter.perceiver.vocabulary import WordTokenizer
@@ -66,7 +66,7 @@ def test_captions_name_what_is_there_and_nothing_else(severity: Tensor) -> None:
             for grade in GRADES[1:]
             if any(f"{grade} {way}" in caption for way in ways)
         }
-        present = {FAMILIES[i]: GRADES[grade] for i, grade in enumerate(row.tolist()) if grade}
+        present = {KINDS[i]: GRADES[grade] for i, grade in enumerate(row.tolist()) if grade}
         assert named == present
         assert len(re.findall("slight|moderate|severe", caption)) == len(present)
 
@@ -95,6 +95,6 @@ def test_captions_of_quality_rise_from_bad_to_good() -> None:
         assert low.split()[1] in bad
         assert medium.split()[1] in mediocre
         assert high.split()[1] in (*good, "perfect", "sharp", "pristine")
-    clean = write_captions(torch.zeros(30, len(FAMILIES)), seeded())
+    clean = write_captions(torch.zeros(30, len(KINDS)), seeded())
     assert all(caption.split()[1] not in bad + mediocre for caption in clean)
     assert all(len(caption.split()) == 3 for caption in clean)

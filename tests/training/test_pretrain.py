@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from small import folds, photos
 from torch import Tensor
 
-from perceive_adapter.data import FAMILIES
+from perceive_adapter.data import KINDS
 from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
 from perceive_adapter.training.captions import WORDS
 from perceive_adapter.training.loop import Schedule, seeded, train
@@ -61,7 +61,7 @@ def test_the_seed_decides() -> None:
 def test_samples_are_as_files_hold_them_and_labelled() -> None:
     samples = draw_samples(folds()[0], 64, 32, seeded(0, 0))
     assert samples.degraded.shape == (64, 3, 32, 32)
-    assert samples.severity.shape == (64, len(FAMILIES))
+    assert samples.severity.shape == (64, len(KINDS))
     levels = samples.degraded * 255
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
     assert 0 <= samples.degraded.min() < samples.degraded.max() <= 1

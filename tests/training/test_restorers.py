@@ -7,7 +7,7 @@ import torch
 from small import folds
 from torch import Tensor, nn
 
-from perceive_adapter.data import FAMILIES
+from perceive_adapter.data import KINDS
 from perceive_adapter.data.samples import Samples, degrade_each, draw_severities
 from perceive_adapter.data.triplets import Restored, Scene
 from perceive_adapter.training.loop import Schedule, seeded
@@ -40,7 +40,7 @@ def test_each_improves_the_photographs_that_it_never_saw(
     damage = (samples.degraded - samples.clean).abs().mean()
     assert (restored - samples.clean).abs().mean() < 0.93 * damage
     # Light comes back first.
-    dark = samples.severity[:, FAMILIES.index("low_light")] > 0
+    dark = samples.severity[:, KINDS.index("low_light")] > 0
     clean = samples.clean[dark]
     assert psnr(restored[dark], clean) > psnr(samples.degraded[dark], clean) + 1
 

@@ -10,7 +10,7 @@ import torch
 from small import folds, perceiver, photos
 from torch import Tensor
 
-from perceive_adapter.data import FAMILIES, FAMILY_OF
+from perceive_adapter.data import FAMILIES, KIND_OF, KINDS
 from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
 from perceive_adapter.data.triplets import Blend, Milder
 from perceive_adapter.errors import ConfigError
@@ -77,7 +77,9 @@ def test_heads_learn_on_new_crops() -> None:
 
     def loss() -> float:
         with torch.no_grad():
-            return learner.heads.loss(learner.embed(samples.degraded), samples.severity).item()
+            return learner.heads.loss(
+                learner.embed(samples.degraded), samples.family_severity
+            ).item()
 
     before = loss()
     train_perceiver(learner, folds(), recipe=recipe(20))
@@ -114,8 +116,8 @@ def test_scenes_have_equal_quotas_of_both_folds_and_of_every_family() -> None:
         scenes = draw_scenes((dark, bright), 32, chosen, seeded(0, step))
         assert [scene.fold for scene in scenes] == [0, 1] * 7
         assert all((scene.clean.mean() > 0.4) == bool(scene.fold) for scene in scenes)
-        firsts = Counter(FAMILY_OF[next(iter(scene.severities))] for scene in scenes)
-        assert firsts == dict.fromkeys(FAMILIES, 2)
+        firsts = Counter(KIND_OF[next(iter(scene.severities))] for scene in scenes)
+        assert firsts == dict.fromkeys(KINDS, 2)
         assert all(0.6 <= value <= 1 for s in scenes for value in s.severities.values())
         assert len({scene.seed for scene in scenes}) == 14
     assert len(draw_scenes((dark, bright), 32, Stage1(scenes=1), seeded(0, 0))) == 1

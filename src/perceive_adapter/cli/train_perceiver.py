@@ -56,10 +56,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add(
         "--medium",
-        choices=("restored", "blend", "milder"),
+        choices=("restored", "blend", "milder", "mixed"),
         default="restored",
         help="what the medium tier is: outputs of two half-trained restorers, each on photographs "
-        "that it never saw (default, the paper's), blends with the clean image, or milder damage",
+        "that it never saw (default, the paper's), blends with the clean image, milder damage, or all "
+        "three in turn",
     )
     add("--note", metavar="TEXT", help="what the photographs are, for the model card")
     add("--words", nargs=3, metavar=("LOW", "MEDIUM", "HIGH"), help="words the prompts start from")
@@ -202,14 +203,14 @@ def _medium(
     arguments: Namespace, plan: Plan, folds: Sequence[CropSampler], checkpoints: Path
 ) -> Medium:
     """Make what makes the medium images."""
-    from perceive_adapter.data.triplets import Blend, Milder, Restored
+    from perceive_adapter.data.triplets import Blend, Milder, Mixed, Restored
     from perceive_adapter.training.restorers import train_restorers
 
     if arguments.medium == "blend":
         return Blend()
     if arguments.medium == "milder":
         return Milder()
-    return Restored(
+    restored = Restored(
         train_restorers(
             folds,
             schedule=plan.restorers,
@@ -219,6 +220,7 @@ def _medium(
             device=arguments.device,
         )
     )
+    return restored if arguments.medium == "restored" else Mixed([restored, Blend(), Milder()])
 
 
 def _say(message: str) -> None:

@@ -110,7 +110,7 @@ def options_of(arguments: Namespace, plan: Plan, photos: str) -> dict[str, Any]:
         "context_length": arguments.context_length,
         "heads": arguments.heads,
         "stage1": asdict(plan.stage1),
-        "restorers": asdict(plan.restorers) if arguments.medium == "restored" else None,
+        "restorers": asdict(plan.restorers) if arguments.medium in ("restored", "mixed") else None,
         "pretrain": asdict(plan.pretrain) if plan.pretrain is not None else None,
         "photographs": photos,
     }

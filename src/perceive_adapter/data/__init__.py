@@ -1,5 +1,23 @@
 """Images to train and measure on: degradations with a known severity."""
 
-from .degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, Degradation, degrade, mix
+from .degradations import (
+    DEGRADATIONS,
+    FAMILIES,
+    FAMILY_OF,
+    KIND_OF,
+    KINDS,
+    Degradation,
+    degrade,
+    mix,
+)
 
-__all__ = ["DEGRADATIONS", "FAMILIES", "FAMILY_OF", "Degradation", "degrade", "mix"]
+__all__ = [
+    "DEGRADATIONS",
+    "FAMILIES",
+    "FAMILY_OF",
+    "KINDS",
+    "KIND_OF",
+    "Degradation",
+    "degrade",
+    "mix",
+]

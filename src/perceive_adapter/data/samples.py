@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceive_adapter.data.degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
+from perceive_adapter.data.degradations import (
+    DEGRADATIONS,
+    FAMILIES,
+    FAMILY_OF,
+    KIND_OF,
+    KINDS,
+    mix,
+)
 from perceive_adapter.data.images import read_image
 from perceive_adapter.errors import ConfigError, ImageError
 
@@ -30,8 +37,8 @@ IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tif
 _OCTAVE: Final = 2**-0.5
 _SMALLEST_SIDE: Final = 160  # pixels, of a photograph that is shrunk to be another scene
 _FLAT: Final = 0.03  # standard deviation below which a crop shows next to nothing
-_KINDS: Final = {
-    family: tuple(name for name in DEGRADATIONS if FAMILY_OF[name] == family) for family in FAMILIES
+_NAMES_OF: Final = {
+    kind: tuple(name for name in DEGRADATIONS if KIND_OF[name] == kind) for kind in KINDS
 }
 
 
@@ -42,12 +49,21 @@ class Samples:
     Args:
         clean: (B, 3, H, W) in [0, 1].
         degraded: (B, 3, H, W) in [0, 1].
-        severity: (B, D) in [0, 1], one column for each of ``FAMILIES``, 0 where absent.
+        severity: (B, K) in [0, 1], one column for each of ``KINDS``, 0 where absent.
     """
 
     clean: Tensor
     degraded: Tensor
     severity: Tensor
+
+    @property
+    def family_severity(self) -> Tensor:
+        """Severity (B, D) of each of ``FAMILIES``: of its kinds, the most severe."""
+        columns = [
+            [index for index, kind in enumerate(KINDS) if FAMILY_OF[_NAMES_OF[kind][0]] == family]
+            for family in FAMILIES
+        ]
+        return torch.stack([self.severity[:, kinds].amax(dim=1) for kinds in columns], dim=1)
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
@@ -141,8 +157,8 @@ def draw_severities(
     """Draw what is wrong with each of ``count`` images: degradations and their severities.
 
     Of every eight images, one is left clean, five get one degradation, one gets two and one gets
-    three. Of every seven, each has its first degradation of another family, and the kinds of a
-    family are equally likely, so that in the long run every family is as frequent as the others.
+    three. Of every seven, each has its first degradation of another kind, and the degradations of
+    a kind are equally likely, so that in the long run every kind is as frequent as the others.
 
     Args:
         count: of images.
@@ -151,18 +167,18 @@ def draw_severities(
         high: greatest severity.
 
     Returns:
-        For each image the severity of each of its degradations, by name, no two of one family.
+        For each image the severity of each of its degradations, by name, no two of one kind.
     """
     drawn = []
-    offset = _integer(len(FAMILIES), generator)
+    offset = _integer(len(KINDS), generator)
     for index in range(count):
-        kinds = (0, 1, 1, 2, 1, 3, 1, 1)[index % 8]
-        others = torch.randperm(len(FAMILIES), generator=generator).tolist()
-        first = (index + offset) % len(FAMILIES)
-        chosen = [first, *(other for other in others if other != first)][:kinds]
+        several = (0, 1, 1, 2, 1, 3, 1, 1)[index % 8]
+        others = torch.randperm(len(KINDS), generator=generator).tolist()
+        first = (index + offset) % len(KINDS)
+        chosen = [first, *(other for other in others if other != first)][:several]
         severities = {}
-        for family in chosen:
-            names = _KINDS[FAMILIES[family]]
+        for kind in chosen:
+            names = _NAMES_OF[KINDS[kind]]
             name = names[_integer(len(names), generator)]
             severities[name] = low + (high - low) * float(torch.rand((), generator=generator))
         drawn.append(severities)
@@ -180,14 +196,14 @@ def degrade_each(
             :func:`draw_severities` gives them.
         generator: source of randomness.
     """
-    degraded, severity = clean.clone(), clean.new_zeros(len(clean), len(FAMILIES))
+    degraded, severity = clean.clone(), clean.new_zeros(len(clean), len(KINDS))
     for name in DEGRADATIONS:
         rows = [row for row, chosen in enumerate(drawn) if name in chosen]
         if not rows:
             continue
         values = torch.tensor([drawn[row][name] for row in rows])
         degraded[rows] = mix(degraded[rows], {name: values}, generator)
-        severity[rows, FAMILIES.index(FAMILY_OF[name])] = values
+        severity[rows, KINDS.index(KIND_OF[name])] = values
     return Samples(clean, degraded, severity)
 
 

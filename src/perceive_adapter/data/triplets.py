@@ -12,7 +12,7 @@ from torch import Tensor
 from perceive_adapter.data.degradations import mix
 from perceive_adapter.errors import ConfigError
 
-__all__ = ["Blend", "Medium", "Milder", "Restored", "Scene"]
+__all__ = ["Blend", "Medium", "Milder", "Mixed", "Restored", "Scene"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +123,26 @@ class Restored:
         device = next(restorer.parameters(), degraded).device
         restored: Tensor = restorer(degraded.to(device)).to(degraded).clamp(0, 1)
         return scene.clean + self.remains * (restored - scene.clean)
+
+
+class Mixed:
+    """Each scene's medium by one of several sources; the scene's seed decides by which.
+
+    Args:
+        mediums: the sources, at least one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+
+    def __init__(self, mediums: Sequence[Medium]) -> None:
+        if not mediums:
+            raise ConfigError("got no mediums to mix: expected one source at least.")
+        self.mediums = tuple(mediums)
+
+    def __call__(self, scene: Scene, degraded: Tensor) -> Tensor:
+        """Return the half-restored image by the source whose turn it is."""
+        return self.mediums[scene.seed % len(self.mediums)](scene, degraded)
 
 
 def _not_between(name: str, value: float) -> str:

@@ -369,7 +369,13 @@ class PerceiveModel(nn.Module):
     def _perception(self, perception: Perception | None, image: Tensor) -> Perception:
         if perception is None:
             # A copy, since some networks write to their input, which backward would refuse.
-            return self.perceive(image.clone() if torch.is_grad_enabled() else image)
+            seen = self.perceive(image.clone() if torch.is_grad_enabled() else image)
+            if not seen.known():
+                raise PerceptionError(
+                    f"nothing here perceives {', '.join(self.injector.encoder.sources)}, which "
+                    "steers this adapter; give perception=Perception(...)"
+                )
+            return seen
         if perception.batch not in (1, image.shape[0]):
             raise PerceptionError(
                 f"the perception is of {perception.batch} images and the batch has "

@@ -59,8 +59,8 @@ class StatisticsTrunk(nn.Module):
         self.widths, self.num_features = tuple(widths), features
         channels = (3, *widths)
         self.stages = nn.ModuleList(
-            _stage(before, after, 5 if before == 3 else 3, normalised)
-            for before, after in zip(channels, widths, strict=False)
+            _stage(channels[i], channels[i + 1], i == 0, i + 1 == len(widths), normalised)
+            for i in range(len(widths))
         )
         pooled = 2 * sum(channels) + 6
         self.norm = nn.LayerNorm(pooled)
@@ -139,11 +139,12 @@ def register_trunk() -> None:
         register_model(perceive_tiny)
 
 
-def _stage(before: int, after: int, size: int, normalised: bool) -> nn.Sequential:
+def _stage(before: int, after: int, first: bool, last: bool, normalised: bool) -> nn.Sequential:
+    convolutions = [(before, 5 if first else 3, 2)]
+    if last:  # at higher resolutions, a second convolution would cost more than all others
+        convolutions.append((after, 3, 1))
     layers: list[nn.Module] = []
-    for index, (inputs, kernel, stride) in enumerate(((before, size, 2), (after, 3, 1))):
-        if index and after < 192:
-            break  # at high resolution, a second convolution would cost more than all others
+    for inputs, kernel, stride in convolutions:
         layers.append(nn.Conv2d(inputs, after, kernel, stride, kernel // 2, bias=not normalised))
         if normalised:
             layers.append(nn.BatchNorm2d(after))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from perceive_adapter.data import FAMILIES
+from perceive_adapter.data import KINDS
 
 __all__ = ["WORDS", "grades", "qualities", "write_captions", "write_quality_captions"]
 
@@ -76,7 +76,7 @@ def _caption(graded: Sequence[int], quality: int, generator: torch.Generator) ->
     start = _plain(quality, generator) if rated else f"a {_choose(_NOUNS, generator)}"
     order = torch.randperm(len(present), generator=generator).tolist()
     parts = [
-        f"{_GRADES[graded[index]]} {_choose(_NAMES[FAMILIES[index]], generator)}"
+        f"{_GRADES[graded[index]]} {_choose(_NAMES[KINDS[index]], generator)}"
         for index in (present[place] for place in order)
     ]
     return f"{start} with {' and '.join(parts)}"

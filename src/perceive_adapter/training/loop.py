@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceive_adapter.errors import CheckpointError
+from perceive_adapter.errors import CheckpointError, TrainingError
 
 __all__ = ["Schedule", "seeded", "train"]
 
@@ -48,9 +48,12 @@ class Schedule:
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * fall
 
 
-def seeded(seed: int, step: int) -> torch.Generator:
-    """Return the generator of one step: what is drawn hangs on the step, not on a history."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+def seeded(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """Return the generator of one step: what is drawn hangs on the step, not on a history.
+
+    Trainings of one seed draw from different streams.
+    """
+    return torch.Generator().manual_seed((stream << 40) + seed * 1_000_003 + step)
 
 
 def train(
@@ -74,6 +77,7 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another schedule or other modules.
+        TrainingError: the loss is no longer finite; the last checkpoint is from before.
     """
     from tqdm import tqdm
 
@@ -90,11 +94,21 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, schedule.clip)
         optimizer.step()
+        _check_finite(loss, step, schedule)
         if step % 20 == 0:
             average = loss.item() if average is None else 0.8 * average + 0.2 * loss.item()
             bar.set_postfix_str(f"loss {average:.4f}", refresh=False)
         if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == schedule.steps):
             _save(checkpoint, modules, optimizer, schedule, step + 1)
+
+
+def _check_finite(loss: Tensor, step: int, schedule: Schedule) -> None:
+    if not loss.isfinite():
+        raise TrainingError(
+            f"the loss of step {step} is {loss.item()}, at a learning rate of "
+            f"{schedule.rate(step):.2g}: expected a finite one. Lower the learning rate, or look "
+            "for images with values that are not finite."
+        )
 
 
 def _save(

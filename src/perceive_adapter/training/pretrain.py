@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from perceive_adapter.data import FAMILIES
+from perceive_adapter.data import FAMILIES, FAMILY_OF, KIND_OF, KINDS
 from perceive_adapter.data.samples import CropSampler, Samples, degrade_each, draw_severities
 from perceive_adapter.perceiver.heads import DegradationHeads
 from perceive_adapter.perceiver.quality import QualityPerceiver
@@ -66,12 +66,12 @@ class TinyTowers(nn.Module):
 
         register_trunk()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.clip: Any = open_clip.CLIP(
                 **{k: dict(v) if isinstance(v, Mapping) else v for k, v in ARCHITECTURE.items()}
             )
             self.clip.visual.trunk = StatisticsTrunk(normalised=True)
-            self.heads = DegradationHeads(ARCHITECTURE["embed_dim"], FAMILIES)
+            self.heads = DegradationHeads(ARCHITECTURE["embed_dim"], KINDS)
         self.tokenize = WordTokenizer(WORDS, _CONTEXT)
         mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -186,7 +186,7 @@ def as_perceiver(
         words: of ``WORDS``, one for each tier; None for the paper's.
         context_length: learnable vectors in each prompt.
         seed: of the prompts.
-        degradations: ``FAMILIES``, for a copy of the towers' heads, or none.
+        degradations: ``FAMILIES``, for heads that start from the towers', or none.
 
     Raises:
         ConfigError: an argument cannot work.
@@ -206,5 +206,18 @@ def as_perceiver(
             vocabulary=WORDS,
         )
     if perceiver.heads is not None:
-        perceiver.heads.load_state_dict(towers.heads.state_dict())
+        _start_heads(perceiver.heads, towers.heads)
     return perceiver
+
+
+@torch.no_grad()
+def _start_heads(heads: DegradationHeads, trained: DegradationHeads) -> None:
+    """Copy the hidden layer, and for each family the mean of its kinds' outputs."""
+    heads.hidden.load_state_dict(trained.hidden.state_dict())
+    for column, family in enumerate(FAMILIES):
+        names = {KIND_OF[name] for name, other in FAMILY_OF.items() if other == family}
+        kinds = [KINDS.index(name) for name in names]
+        for output in ("presence", "severity"):
+            new, old = getattr(heads, output), getattr(trained, output)
+            new.weight[column] = old.weight[kinds].mean(dim=0)
+            new.bias[column] = old.bias[kinds].mean(dim=0)

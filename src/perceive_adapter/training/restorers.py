@@ -102,7 +102,7 @@ def _loss(
     restorer: SmallRestorer, sampler: CropSampler, seed: int, device: torch.device | str
 ) -> Callable[[int], Tensor]:
     def loss_at(step: int) -> Tensor:
-        generator = seeded(seed, step)
+        generator = seeded(seed, step, stream=1)
         clean = sampler.draw(_BATCH, _SIDE, generator)
         degraded = degrade_each(clean, draw_severities(_BATCH, generator), generator).degraded
         return F.l1_loss(restorer(degraded.to(device)), clean.to(device))

@@ -30,7 +30,7 @@ class Stage1:
     Args:
         schedule: steps and learning rates.
         scenes: scenes in a batch, every tier of which is an image; a multiple of 7 gives each
-            family of degradations an equal quota.
+            kind of degradation an equal quota.
         sides: of the crops in pixels, taken in turn.
         low: least severity of a low-tier image.
         seed: of everything random.
@@ -89,7 +89,7 @@ def train_perceiver(
     device = perceiver.prompts.context.device
 
     def loss_at(step: int) -> Tensor:
-        generator = seeded(recipe.seed, step)
+        generator = seeded(recipe.seed, step, stream=2)
         side = recipe.sides[step % len(recipe.sides)]
         loss = _tier_loss(perceiver, draw_scenes(folds, side, recipe, generator), mediums, device)
         if perceiver.heads is None:
@@ -99,7 +99,7 @@ def train_perceiver(
         samples = degrade_each(clean, draw_severities(len(clean), generator), generator)
         with torch.no_grad():
             embedding = perceiver.embed(_as_files(samples.degraded).to(device))
-        return loss + perceiver.heads.loss(embedding, samples.severity.to(device))
+        return loss + perceiver.heads.loss(embedding, samples.family_severity.to(device))
 
     train(modules, loss_at, recipe.schedule, checkpoint=checkpoint, every=every, title="stage 1")
     for module in modules.values():
@@ -127,7 +127,7 @@ def _check(
 def draw_scenes(
     folds: Sequence[CropSampler], side: int, recipe: Stage1, generator: torch.Generator
 ) -> list[Scene]:
-    """Draw scenes of the low tier, half of them from each fold, every family as often."""
+    """Draw scenes of the low tier, half of them from each fold, every kind as often."""
     kinds = draw_severities(2 * recipe.scenes, generator, low=recipe.low)
     damaged = [severities for severities in kinds if severities][: recipe.scenes]
     seeds = torch.randint(2**40, (recipe.scenes,), generator=generator).tolist()

@@ -1,6 +1,15 @@
 """Synthetic degradations with a known severity, reproducible from a generator's seed."""
 
-from .apply import DEGRADATIONS, FAMILIES, FAMILY_OF, degrade, mix
+from .apply import DEGRADATIONS, FAMILIES, FAMILY_OF, KIND_OF, KINDS, degrade, mix
 from .draws import Degradation
 
-__all__ = ["DEGRADATIONS", "FAMILIES", "FAMILY_OF", "Degradation", "degrade", "mix"]
+__all__ = [
+    "DEGRADATIONS",
+    "FAMILIES",
+    "FAMILY_OF",
+    "KINDS",
+    "KIND_OF",
+    "Degradation",
+    "degrade",
+    "mix",
+]

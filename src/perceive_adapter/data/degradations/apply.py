@@ -22,7 +22,7 @@ from .optics import defocus_blur, downsampling, gaussian_blur, motion_blur
 from .sensor import correlated_noise, gaussian_noise, jpeg, low_light, poisson_noise
 from .weather import haze, rain
 
-__all__ = ["DEGRADATIONS", "FAMILIES", "FAMILY_OF", "degrade", "mix"]
+__all__ = ["DEGRADATIONS", "FAMILIES", "FAMILY_OF", "KINDS", "KIND_OF", "degrade", "mix"]
 
 DEGRADATIONS: Final[Mapping[str, Degradation]] = MappingProxyType(
     {
@@ -41,7 +41,7 @@ DEGRADATIONS: Final[Mapping[str, Degradation]] = MappingProxyType(
 )
 """Every degradation by name, in the order in which they happen to a photograph."""
 
-FAMILY_OF: Final[Mapping[str, str]] = MappingProxyType(
+KIND_OF: Final[Mapping[str, str]] = MappingProxyType(
     {
         "haze": "haze",
         "rain": "rain",
@@ -56,7 +56,16 @@ FAMILY_OF: Final[Mapping[str, str]] = MappingProxyType(
         "jpeg": "jpeg",
     }
 )
-"""What a perceiver calls each degradation: the three kinds of blur are all "blur"."""
+"""What a caption calls each degradation; training draws every kind as often."""
+
+KINDS: Final[tuple[str, ...]] = tuple(dict.fromkeys(KIND_OF.values()))
+
+FAMILY_OF: Final[Mapping[str, str]] = MappingProxyType({**KIND_OF, "downsampling": "blur"})
+"""What a perceiver calls each degradation: as KIND_OF, except that lost resolution is blur.
+
+An image that was reduced and enlarged has lost its fine detail, as a blurred one has. How it lost
+it shows too little to be told with certainty, and does not matter to what must be restored.
+"""
 
 FAMILIES: Final[tuple[str, ...]] = tuple(dict.fromkeys(FAMILY_OF.values()))
 

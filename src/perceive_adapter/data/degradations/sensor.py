@@ -1,6 +1,11 @@
 """What a sensor and a codec do: noise, too little light, JPEG."""
 
+import io
+from typing import Any
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .draws import normal, uniform
@@ -52,17 +57,18 @@ def low_light(image: Tensor, severity: Tensor, generator: torch.Generator | None
 def jpeg(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
     """JPEG with libjpeg's quality falling geometrically from 90 to 6, chroma subsampled.
 
-    Encoded by torchvision on the CPU; there is nothing random in it.
+    Encoded by Pillow on the CPU; there is nothing random in it.
     """
-    from torchvision.io import decode_jpeg, encode_jpeg  # type: ignore[import-untyped]
-
     qualities = (90 * (6 / 90) ** severity).flatten().round().int().tolist()
-    pixels = image.clamp(0, 1).mul(255).round().byte().cpu()
-    coded = [
-        decode_jpeg(encode_jpeg(one, quality=quality))
-        for one, quality in zip(pixels, qualities, strict=True)
-    ]
-    return torch.stack(coded).to(image) / 255
+    pixels = image.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    coded = [_recode(one, quality) for one, quality in zip(pixels, qualities, strict=True)]
+    return torch.from_numpy(np.stack(coded)).permute(0, 3, 1, 2).to(image) / 255
+
+
+def _recode(pixels: np.ndarray[Any, Any], quality: int) -> np.ndarray[Any, Any]:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
 
 
 def _sigma(severity: Tensor) -> Tensor:

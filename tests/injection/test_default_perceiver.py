@@ -1,0 +1,117 @@
+"""What ``wrap`` does when nobody says what is to perceive: the bundled perceiver steers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from wrapping import moved
+
+from perceive_adapter import AdapterConfig, PerceiveModel, Perception, QualityPerceiver, wrap
+from perceive_adapter.errors import PerceptionError
+
+IMAGE = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def perceiver() -> QualityPerceiver:
+    return QualityPerceiver.from_pretrained("perceive-tiny")
+
+
+@pytest.fixture
+def model() -> PerceiveModel:
+    model = wrap(zoo.UShape().eval())
+    moved(model.injector)
+    return model
+
+
+def test_prompts_are_steered_by_all_that_is_perceived(
+    model: PerceiveModel, perceiver: QualityPerceiver
+) -> None:
+    kinds = len(perceiver.degradations)
+    assert model.injector.config.sources == {
+        "compact": 64,
+        "tiers": 3,
+        "degradations": kinds,
+        "severity": kinds,
+        "embedding": perceiver.embedding_dim,
+    }
+    assert model.status().trainable <= 120_000
+    expected, actual = perceiver(IMAGE), model.perceive(IMAGE)
+    for name in ("tiers", "degradations", "severity", "embedding"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name))
+
+
+def test_what_is_perceived_changes_the_output(model: PerceiveModel) -> None:
+    perception = model.perceive(IMAGE).known()
+    output = model(IMAGE)
+    assert torch.equal(model(IMAGE, perception=Perception(**perception)), output)
+    for name in ("tiers", "degradations", "severity", "embedding"):
+        other = Perception(**{**perception, name: perception[name].flip(1)})
+        assert not torch.equal(model(IMAGE, perception=other), output)
+
+
+def test_two_models_share_no_perceiver() -> None:
+    first, second = wrap(zoo.UShape()), wrap(zoo.UShape())
+    assert first.perceiver is not second.perceiver
+    assert first.perceiver.fingerprint() == second.perceiver.fingerprint()
+    assert not any(p.requires_grad for p in first.perceiver.parameters())
+
+
+def test_a_saved_adapter_names_it_and_finds_it_again(model: PerceiveModel, tmp_path: Path) -> None:
+    expected = model(IMAGE)
+    model.save_pretrained(tmp_path)
+    assert '"perceive-tiny"' in (tmp_path / "adapter_config.json").read_text()
+    assert torch.equal(wrap(model.unwrap(), tmp_path)(IMAGE), expected)
+
+
+def test_gray_images_are_perceived() -> None:
+    case = zoo.CASES["gray"]
+    model = wrap(case.net(), **case.wrap)
+    assert "degradations" in model.injector.config.sources
+
+
+def test_other_channels_are_left_to_the_compact_features() -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(5, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 5, 3, padding=1)
+    )
+    model = wrap(net)
+    assert model.perceiver is None
+    assert model.injector.config.sources == {"compact": 64}
+
+
+def test_named_sources_are_the_callers_own() -> None:
+    model = wrap(zoo.UShape().eval(), config=AdapterConfig(sources={"degradations": 2}))
+    assert model.perceiver is None
+    with pytest.raises(PerceptionError, match="degradations"):
+        model(IMAGE)
+    two = Perception(degradations=torch.eye(2))
+    assert model(IMAGE, perception=two).shape == IMAGE.shape
+
+
+def test_tiles_share_the_perception_of_the_whole(model: PerceiveModel) -> None:
+    photo = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))
+    whole = model.perceive(photo[None])
+    seen = []
+    model.perceiver.register_forward_hook(lambda *_: seen.append(1))
+    restored = model.restore(photo, tile=80, overlap=16)
+    assert restored.shape == photo.shape
+    assert len(seen) == 1
+    assert whole.batch == 1
+
+
+def test_compiles_and_exports_with_the_perceiver_inside(model: PerceiveModel) -> None:
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(IMAGE)
+        torch.testing.assert_close(compiled(IMAGE), expected, rtol=1e-4, atol=1e-5)
+        exported = torch.export.export(model, (IMAGE,)).module()
+        torch.testing.assert_close(exported(IMAGE), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_semantic_tower_needs_no_download() -> None:
+    config = AdapterConfig(semantic="perceive-tiny")
+    model = wrap(zoo.UShape().eval(), config=config)
+    semantic = model.perceive(IMAGE).semantic
+    assert semantic.shape == (2, 1, 192)
+    assert semantic.norm(dim=-1).tolist() == [[pytest.approx(1)], [pytest.approx(1)]]
