@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import perceive_adapter
-from perceive_adapter import PerceiveModel, PromptInjector, plan_sites, wrap
+from perceive_adapter import PerceiveModel, PromptInjector, QualityPerceiver, plan_sites, wrap
 
 NAMES = [
     "AdapterConfig",
@@ -35,6 +35,7 @@ NAMES = [
     "Site",
     "SiteError",
     "SitePlan",
+    "TrainingError",
     "UntrainedPerceiverWarning",
     "ValueRange",
     "__version__",
@@ -150,3 +151,27 @@ print([m for m in {HEAVY} if m in set(sys.modules) - before])
     )
     assert ast.literal_eval(run.stdout) == []
     assert run.stderr == ""
+
+
+def test_the_methods_of_the_perceiver() -> None:
+    callables = (classmethod, type(lambda: None))
+    own = {n for n, v in vars(QualityPerceiver).items() if isinstance(v, callables) and n[0] != "_"}
+    assert own == {
+        "create",
+        "embed",
+        "fingerprint",
+        "forward",
+        "from_official_prompts",
+        "from_pretrained",
+        "logits",
+        "push_to_hub",
+        "quality_map",
+        "save_pretrained",
+        "text_features",
+        "tier_logits",
+        "tier_loss",
+    }
+    properties = {n for n, v in vars(QualityPerceiver).items() if isinstance(v, property)}
+    assert properties == {"degradations", "embedding_dim", "tiers", "trained"}
+    assert QualityPerceiver.score_range == (0.0, 1.0)
+    assert QualityPerceiver.lower_better is False

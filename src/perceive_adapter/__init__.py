@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         PerceiveError,
         PerceptionError,
         SiteError,
+        TrainingError,
         UntrainedPerceiverWarning,
     )
     from perceive_adapter.injection.discovery import plan_sites
@@ -89,6 +90,7 @@ __all__ = [
     "Site",
     "SiteError",
     "SitePlan",
+    "TrainingError",
     "UntrainedPerceiverWarning",
     "ValueRange",
     "__version__",

@@ -59,8 +59,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=("restored", "blend", "milder", "mixed"),
         default="restored",
         help="what the medium tier is: outputs of two half-trained restorers, each on photographs "
-        "that it never saw (default, the paper's), blends with the clean image, milder damage, or all "
-        "three in turn",
+        "that it never saw (default, the paper's), blends with the clean image, milder damage, or "
+        "all three in turn",
     )
     add("--note", metavar="TEXT", help="what the photographs are, for the model card")
     add("--words", nargs=3, metavar=("LOW", "MEDIUM", "HIGH"), help="words the prompts start from")
@@ -79,7 +79,7 @@ def _add_schedule(parser: ArgumentParser) -> None:
     steps = integer(1, _LONGEST)
     group = parser.add_argument_group("how long and how fast")
     add = group.add_argument
-    add("--steps", type=steps, metavar="N", help="of stage 1 (100000; perceive-tiny: 1500)")
+    add("--steps", type=steps, metavar="N", help="of stage 1 (100000; perceive-tiny: 1000)")
     add(
         "--learning-rate",
         type=rate,

@@ -51,6 +51,7 @@ Tells the quality tier of an image: learnable prompts on a frozen CLIP, as in st
 [Perceive-IR](https://arxiv.org/abs/2408.15994). Saved by perceive_adapter {version}.
 
 - CLIP: {clip}, with {weights}.
+- Degradations told, each with its severity: {degradations}.
 - Prompts: {length} context vectors for each tier; they {state}.
 - Views: at most {views} crops of an image, at native resolution.
 - Score: tier index times tier probability, summed and scaled to [0, 1]; higher is better.
@@ -283,6 +284,7 @@ def _card(perceiver: "QualityPerceiver", figures: Mapping[str, float | str] | No
         version=__version__,
         clip=clip,
         weights=weights,
+        degradations=", ".join(config.degradations).replace("_", " ") or "none",
         length=config.context_length,
         state=state,
         views=config.views,

@@ -45,7 +45,7 @@ class Stage1:
 
 PAPER: Final = Stage1()
 TINY: Final = Stage1(
-    Schedule(steps=1_500, learning_rate=1e-2, final_learning_rate=1e-4), sides=(64, 96, 128, 192)
+    Schedule(steps=1_000, learning_rate=1e-2, final_learning_rate=1e-4), sides=(64, 96, 128, 192)
 )
 """The recipe for ``perceive-tiny``."""
 
