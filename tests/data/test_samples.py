@@ -13,10 +13,12 @@ from torch import Tensor
 from perceive_adapter.data import DEGRADATIONS, FAMILIES, KIND_OF, KINDS, mix
 from perceive_adapter.data.samples import (
     CropSampler,
+    cut,
     degrade_each,
     draw_severities,
     find_images,
     load_photos,
+    with_surroundings,
 )
 from perceive_adapter.errors import ConfigError, ImageError
 
@@ -204,3 +206,27 @@ class TestDegradeEach:
         before = clean.clone()
         degrade_each(clean, draw_severities(8, seeded()), seeded())
         assert torch.equal(clean, before)
+
+
+class TestCut:
+    def test_one_place_for_all_images_of_a_sample(self) -> None:
+        whole = with_surroundings(32)
+        rows = torch.arange(whole).view(-1, 1).expand(whole, whole)
+        places = torch.stack([rows, rows.T, rows + rows.T]).expand(200, 3, -1, -1).float()
+        first, second = cut((places, places + 1), 32, seeded())
+        assert first.shape == second.shape == (200, 3, 32, 32)
+        assert torch.equal(first + 1, second)
+        corners = first[:, :2, 0, 0]
+        assert {int(corner) % 8 for corner in corners.flatten()} == set(range(8))
+        # What a blur of the widest kernel mixes with replicated borders is cut off.
+        assert corners.min() >= 12
+        assert first[:, :2].amax() <= whole - 13
+
+    def test_a_crop_of_a_damaged_photograph_has_no_border(self) -> None:
+        whole = with_surroundings(32)
+        large = torch.rand(1, 3, 200, 200, generator=seeded())
+        middle = large[..., 70 : 70 + whole, 70 : 70 + whole]
+        blurred = mix(large, {"gaussian_blur": 1.0})[..., 70 : 70 + whole, 70 : 70 + whole]
+        (expected,) = cut((blurred,), 32, seeded())
+        (actual,) = cut((mix(middle, {"gaussian_blur": 1.0}),), 32, seeded())
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)

@@ -10,6 +10,7 @@ from tiny_clip import VIT, trained
 from torch import Tensor, nn
 
 from perceive_adapter.data import FAMILIES, FAMILY_OF
+from perceive_adapter.data.samples import with_surroundings
 from perceive_adapter.data.triplets import Blend, Restored, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver import QualityPerceiver
@@ -168,3 +169,23 @@ def test_blend_is_the_medium_unless_another_is_given(
     own = audit(perceiver, photos[:1], **arguments)
     assert own == audit(perceiver, photos[:1], medium=Blend(), **arguments)
     assert own != audit(perceiver, photos[:1], medium=Blend(0.9), **arguments)
+
+
+def test_a_patch_shows_nothing_of_the_border(perceiver: QualityPerceiver) -> None:
+    side = with_surroundings(48)
+    pixels = skimage.data.chelsea()[100 : 100 + side, 150 : 150 + side].copy()
+    photo = torch.from_numpy(pixels).permute(2, 0, 1)
+    framed = photo.clone()
+    framed[:, [0, -1]] = 0
+    framed[:, :, [0, -1]] = 255
+    names = ("gaussian_blur", "motion_blur", "gaussian_noise", "rain")
+    for seed in range(4):
+        first, second = (
+            audit(perceiver, [one], degradations=names, patch=48, seed=seed).findings
+            for one in (photo, framed)
+        )
+        for name in names:
+            assert first[name].tiers == second[name].tiers
+            assert first[name].scores[0] == pytest.approx(second[name].scores[0], abs=1e-4)
+    with pytest.raises(ConfigError, match="patch=49 needs photographs of 80 pixels"):
+        audit(perceiver, [photo], patch=49)

@@ -9,7 +9,13 @@ from small import folds, photos
 from torch import Tensor
 
 from perceive_adapter.data import KINDS
-from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
+from perceive_adapter.data.samples import (
+    CropSampler,
+    cut,
+    degrade_each,
+    draw_severities,
+    with_surroundings,
+)
 from perceive_adapter.training.captions import WORDS
 from perceive_adapter.training.loop import Schedule, seeded, train
 from perceive_adapter.training.pretrain import (
@@ -75,13 +81,14 @@ def test_samples_are_as_files_hold_them_and_labelled() -> None:
 
 def test_what_is_half_restored_is_labelled_in_proportion() -> None:
     generator = seeded(0, 0)
-    clean = folds()[0].draw(64, 32, generator)
-    whole = degrade_each(clean, draw_severities(64, generator), generator)
+    photos = folds()[0].draw(64, with_surroundings(32), generator)
+    whole = degrade_each(photos, draw_severities(64, generator), generator)
+    clean, degraded = cut((photos, whole.degraded), 32, generator)
     samples = draw_samples(folds()[0], 64, 32, seeded(0, 0))
     damaged = whole.severity.any(dim=1)
     share = (samples.severity.sum(1) / whole.severity.sum(1))[damaged]
     damage, left = (
-        (one.degraded - clean)[damaged].flatten(1).norm(dim=1) for one in (whole, samples)
+        (one - clean)[damaged].flatten(1).norm(dim=1) for one in (degraded, samples.degraded)
     )
     torch.testing.assert_close(left / damage, share, atol=0.05, rtol=0)
     assert 1 <= (share < 1).sum() <= 20

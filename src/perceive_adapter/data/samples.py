@@ -25,17 +25,22 @@ from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "MARGIN",
     "CropSampler",
     "Samples",
+    "cut",
     "degrade_each",
     "draw_severities",
     "find_images",
     "load_photos",
+    "with_surroundings",
 ]
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _OCTAVE: Final = 2**-0.5
 _SMALLEST_SIDE: Final = 160  # pixels, of a photograph that is shrunk to be another scene
+MARGIN: Final = 12  # pixels; half of the widest blur's kernel
+_PHASES: Final = 8  # pixels of a JPEG block
 _FLAT: Final = 0.03  # standard deviation below which a crop shows next to nothing
 _NAMES_OF: Final = {
     kind: tuple(name for name in DEGRADATIONS if KIND_OF[name] == kind) for kind in KINDS
@@ -205,6 +210,35 @@ def degrade_each(
         degraded[rows] = mix(degraded[rows], {name: values}, generator)
         severity[rows, KINDS.index(KIND_OF[name])] = values
     return Samples(clean, degraded, severity)
+
+
+def with_surroundings(side: int) -> int:
+    """Return the side of the crop to damage, from which :func:`cut` takes one of ``side``."""
+    return side + 2 * MARGIN + _PHASES - 1
+
+
+def cut(images: Sequence[Tensor], side: int, generator: torch.Generator) -> list[Tensor]:
+    """Cut a smaller crop out of the middle of damaged ones, at the same place in all ``images``.
+
+    A photograph's border shows how a blur was made, and its corner where JPEG's blocks begin. A
+    crop of a damaged photograph has neither, and a perceiver must not come to depend on them.
+
+    Args:
+        images: (B, 3, S, S) each, S as :func:`with_surroundings` says.
+        side: of the crops, (B, 3, side, side).
+        generator: source of the place, one for each sample.
+    """
+    drawn = torch.randint(_PHASES, (len(images[0]), 2), generator=generator)
+    corners = [(top, left) for top, left in (drawn + MARGIN).tolist()]
+    return [
+        torch.stack(
+            [
+                sample[:, top : top + side, left : left + side]
+                for sample, (top, left) in zip(batch, corners, strict=True)
+            ]
+        )
+        for batch in images
+    ]
 
 
 def _pyramid(photo: Tensor, largest: int) -> list[Tensor]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILY_OF
+from perceive_adapter.data.samples import MARGIN, with_surroundings
 from perceive_adapter.data.triplets import Blend, Medium, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.perceived import Perceived
@@ -92,6 +94,7 @@ def audit(
     *,
     medium: Medium | None = None,
     degradations: Sequence[str] = tuple(DEGRADATIONS),
+    patch: int | None = None,
     seed: int = 0,
 ) -> Audit:
     """Measure tiers, types and severities on photographs that the perceiver never saw.
@@ -107,26 +110,30 @@ def audit(
         medium: what makes the half-restored images, from images on the CPU; None for
             :class:`~perceive_adapter.data.triplets.Blend`.
         degradations: which to measure, keys of ``perceive_adapter.data.DEGRADATIONS``.
+        patch: side of the square that the perceiver sees of each photograph, cut out after the
+            damage was done, so that nothing of the photograph's border shows; None for all of it.
+            A photograph must have :func:`~perceive_adapter.data.samples.with_surroundings` of that.
         seed: of everything random.
 
     Raises:
         ConfigError: the perceiver has another number of tiers or does not tell one of the
             degradations, or there is no photograph or no degradation.
     """
-    _check_audit(perceiver, photos, degradations)
+    _check_audit(perceiver, photos, degradations, patch)
     medium = medium or Blend()
     device = perceiver.prompts.context.device
     findings = {name: Findings() for name in degradations}
     for index, photo in enumerate(photos):
         clean = photo[None].float() / 255
-        high = perceiver(clean.to(device))
+        window = _window(photo, patch, seed * 1009 + index)
+        high = perceiver(clean[window].to(device))
         for kind, name in enumerate(degradations):
             scene_seed = (seed * 1009 + index) * 1009 + kind
             scenes = [Scene(clean, {name: level}, scene_seed, fold=index % 2) for level in LEVELS]
             images = [_as_file(scene.degraded()) for scene in scenes]
             low = sum(level < _LOW for level in LEVELS) + scene_seed % 4
             half = _as_file(medium(scenes[low], images[low]))
-            perceived = perceiver(torch.cat([*images, half]).to(device))
+            perceived = perceiver(torch.cat([*images, half])[window].to(device))
             found = findings[name]
             rows = [(perceived.tiers[low], perceived.score[low])]
             rows += [(perceived.tiers[-1], perceived.score[-1]), (high.tiers[0], high.score[0])]
@@ -138,9 +145,28 @@ def audit(
     return Audit(findings)
 
 
+def _window(photo: Tensor, patch: int | None, seed: int) -> tuple[EllipsisType | slice, ...]:
+    """Choose the part of a damaged photograph that the perceiver sees."""
+    if patch is None:
+        return (...,)
+    generator = torch.Generator().manual_seed(seed)
+    places = [side - patch - 2 * MARGIN + 1 for side in photo.shape[1:]]
+    starts = [MARGIN + int(torch.randint(count, (), generator=generator)) for count in places]
+    return (..., *(slice(start, start + patch) for start in starts))
+
+
 def _check_audit(
-    perceiver: QualityPerceiver, photos: Sequence[Tensor], degradations: Sequence[str]
+    perceiver: QualityPerceiver,
+    photos: Sequence[Tensor],
+    degradations: Sequence[str],
+    patch: int | None,
 ) -> None:
+    smallest = min((min(photo.shape[1:]) for photo in photos), default=0)
+    if patch is not None and photos and smallest < with_surroundings(patch):
+        raise ConfigError(
+            f"patch={patch} needs photographs of {with_surroundings(patch)} pixels, so that "
+            f"nothing of their border shows: the smallest has {smallest}. Take a smaller patch."
+        )
     if len(perceiver.tiers) != 3 or not photos or not degradations:
         raise ConfigError(
             "an audit needs three tiers, at least one photograph and at least one degradation: got "

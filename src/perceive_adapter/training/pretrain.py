@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perceive_adapter.data import FAMILIES, FAMILY_OF, KIND_OF, KINDS
-from perceive_adapter.data.samples import CropSampler, Samples, degrade_each, draw_severities
+from perceive_adapter.data.samples import (
+    CropSampler,
+    Samples,
+    cut,
+    degrade_each,
+    draw_severities,
+    with_surroundings,
+)
 from perceive_adapter.perceiver.heads import DegradationHeads
 from perceive_adapter.perceiver.quality import QualityPerceiver
 from perceive_adapter.perceiver.trunk import TRUNK_NAME, StatisticsTrunk, register_trunk
@@ -126,12 +133,13 @@ def draw_samples(
     sampler: CropSampler, count: int, side: int, generator: torch.Generator
 ) -> Samples:
     """Draw a batch for the towers: damaged crops, some half restored, as files would hold them."""
-    clean = sampler.draw(count, side, generator)
-    samples = degrade_each(clean, draw_severities(count, generator), generator)
+    photos = sampler.draw(count, with_surroundings(side), generator)
+    samples = degrade_each(photos, draw_severities(count, generator), generator)
+    clean, damaged = cut((photos, samples.degraded), side, generator)
     # A blend with the clean image stands for what a half-trained restorer leaves.
     remains = 0.2 + 0.5 * torch.rand(count, generator=generator)
     remains = torch.where(torch.rand(count, generator=generator) < 0.15, remains, 1.0)
-    degraded = clean + remains.view(-1, 1, 1, 1) * (samples.degraded - clean)
+    degraded = clean + remains.view(-1, 1, 1, 1) * (damaged - clean)
     return Samples(clean, (degraded * 255).round() / 255, samples.severity * remains[:, None])
 
 

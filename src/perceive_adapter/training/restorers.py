@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
+from perceive_adapter.data.samples import (
+    CropSampler,
+    cut,
+    degrade_each,
+    draw_severities,
+    with_surroundings,
+)
 from perceive_adapter.training.loop import Schedule, seeded, train
 
 __all__ = ["SCHEDULE", "SmallRestorer", "train_restorers"]
@@ -103,8 +109,9 @@ def _loss(
 ) -> Callable[[int], Tensor]:
     def loss_at(step: int) -> Tensor:
         generator = seeded(seed, step, stream=1)
-        clean = sampler.draw(_BATCH, _SIDE, generator)
-        degraded = degrade_each(clean, draw_severities(_BATCH, generator), generator).degraded
+        photos = sampler.draw(_BATCH, with_surroundings(_SIDE), generator)
+        damaged = degrade_each(photos, draw_severities(_BATCH, generator), generator).degraded
+        clean, degraded = cut((photos, damaged), _SIDE, generator)
         return F.l1_loss(restorer(degraded.to(device)), clean.to(device))
 
     return loss_at

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceive_adapter.data import FAMILIES
-from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
+from perceive_adapter.data.samples import (
+    CropSampler,
+    cut,
+    degrade_each,
+    draw_severities,
+    with_surroundings,
+)
 from perceive_adapter.data.triplets import Blend, Medium, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.quality import QualityPerceiver
@@ -91,14 +97,20 @@ def train_perceiver(
     def loss_at(step: int) -> Tensor:
         generator = seeded(recipe.seed, step, stream=2)
         side = recipe.sides[step % len(recipe.sides)]
-        loss = _tier_loss(perceiver, draw_scenes(folds, side, recipe, generator), mediums, device)
+        scenes = draw_scenes(folds, with_surroundings(side), recipe, generator)
+        images, tiers = draw_tiers(scenes, mediums, side, generator)
+        with torch.no_grad():
+            embedding = perceiver.embed(images.to(device))
+        loss = F.cross_entropy(perceiver.tier_logits(embedding), tiers.to(device))
         if perceiver.heads is None:
             return loss
         # From both folds, since sides taken in turn would fall to one fold each.
-        clean = torch.cat([fold.draw(recipe.scenes, side, generator) for fold in folds])
-        samples = degrade_each(clean, draw_severities(len(clean), generator), generator)
+        whole = with_surroundings(side)
+        photos = torch.cat([fold.draw(recipe.scenes, whole, generator) for fold in folds])
+        samples = degrade_each(photos, draw_severities(len(photos), generator), generator)
+        (degraded,) = cut((samples.degraded,), side, generator)
         with torch.no_grad():
-            embedding = perceiver.embed(_as_files(samples.degraded).to(device))
+            embedding = perceiver.embed(_as_files(degraded).to(device))
         return loss + perceiver.heads.loss(embedding, samples.family_severity.to(device))
 
     train(modules, loss_at, recipe.schedule, checkpoint=checkpoint, every=every, title="stage 1")
@@ -138,23 +150,18 @@ def draw_scenes(
     ]
 
 
-def _tier_loss(
-    perceiver: QualityPerceiver,
-    scenes: Sequence[Scene],
-    mediums: Sequence[Medium],
-    device: torch.device,
-) -> Tensor:
-    images: list[Tensor] = []
-    tiers: list[int] = []
-    for scene in scenes:
-        degraded = scene.degraded()
-        between = [medium(scene, degraded) for medium in mediums]
-        images += [degraded, *between, scene.clean]
-        tiers += range(len(perceiver.tiers))
-    batch = _as_files(torch.cat(images)).to(device)
-    with torch.no_grad():
-        embedding = perceiver.embed(batch)
-    return F.cross_entropy(perceiver.tier_logits(embedding), torch.tensor(tiers, device=device))
+def draw_tiers(
+    scenes: Sequence[Scene], mediums: Sequence[Medium], side: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Make a crop (N, 3, side, side) for every tier of every scene, and give the tiers (N,)."""
+    degraded = [scene.degraded() for scene in scenes]
+    tiers = [torch.cat(degraded)]
+    for medium in mediums:
+        pairs = zip(scenes, degraded, strict=True)
+        tiers.append(torch.cat([medium(scene, image) for scene, image in pairs]))
+    tiers.append(torch.cat([scene.clean for scene in scenes]))
+    crops = cut(tiers, side, generator)
+    return _as_files(torch.cat(crops)), torch.arange(len(tiers)).repeat_interleave(len(scenes))
 
 
 def _as_files(images: Tensor) -> Tensor:
