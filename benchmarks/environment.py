@@ -8,7 +8,7 @@ import torch
 
 import perceive_adapter
 
-__all__ = ["describe"]
+__all__ = ["describe", "processor"]
 
 
 def describe() -> str:
@@ -16,7 +16,7 @@ def describe() -> str:
     return ", ".join(
         (
             datetime.date.today().isoformat(),
-            _processor(),
+            processor(),
             f"{torch.get_num_threads()} threads",
             f"Python {platform.python_version()}",
             f"torch {torch.__version__}",
@@ -25,7 +25,8 @@ def describe() -> str:
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor, as the system gives it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -23,13 +23,13 @@ Prints Markdown tables, a bar and a mark beside each figure that has one; misses
 
 import argparse
 import datetime
-import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from environment import processor
 from perception_bars import correlation, cost, foreign, own, stability
 from perception_bars.photographs import Subject, load_subject
 
@@ -57,13 +57,6 @@ def heading(subject: Subject, missing: list[str]) -> str:
         f"Missing: {', '.join(missing) or 'none'}.",
     ]
     return "\n\n".join(lines)
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from denoiser import load_denoiser
 
 from perceive_adapter import AdapterConfig, PerceiveModel, Perception, QualityPerceiver, wrap
 from perceive_adapter.data import FAMILIES, FAMILY_OF, degrade
-from perceive_adapter.data.samples import CropSampler, find_images, load_photos
+from perceive_adapter.data.samples import CropSampler, as_file, find_images, load_photos
 from perceive_adapter.losses import DegradationContrastiveLoss
 
 NAMES = ("gaussian_noise", "rain", "haze", "low_light")
@@ -154,7 +154,7 @@ def make_tests(photos: Sequence[Tensor]) -> list[Batch]:
             for severity in torch.tensor(TEST_SEVERITIES).split(1):
                 clean = photo[None].float() / 255
                 generator = torch.Generator().manual_seed(seed)
-                degraded = degrade(clean, name, severity, generator).mul(255).round() / 255
+                degraded = as_file(degrade(clean, name, severity, generator))
                 tests.append(Batch(clean, degraded, torch.tensor([kind]), severity))
     return tests
 

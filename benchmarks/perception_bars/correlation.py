@@ -9,9 +9,10 @@ from brisque import BRISQUE
 from torch import Tensor
 
 from perceive_adapter.data import DEGRADATIONS, degrade
+from perceive_adapter.data.samples import as_file
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.audit import LEVELS, spearman
-from perception_bars.photographs import Subject, as_file, spread, to_batch
+from perception_bars.photographs import Subject, spread, to_batch
 from perception_bars.report import Bar, bars_table, table
 
 PHOTOS = 8

@@ -75,11 +75,6 @@ def to_batch(photo: Tensor) -> Tensor:
     return photo[None].float() / 255
 
 
-def as_file(image: Tensor) -> Tensor:
-    """Round an image in [0, 1] as a file of 8 bits holds it."""
-    return image.clamp(0, 1).mul(255).round() / 255
-
-
 def _load_pairs(folder: Path, limit: int | None) -> list[tuple[Tensor, Tensor]]:
     """An input ``1400_3.png`` belongs to the target ``1400.png`` where there is no other."""
     targets = {path.stem: path for path in find_images(folder / "gt")}

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from perceive_adapter.data import DEGRADATIONS, degrade
-from perception_bars.photographs import Subject, as_file, spread, to_batch, to_planes
+from perceive_adapter.data.samples import as_file
+from perception_bars.photographs import Subject, spread, to_batch, to_planes
 from perception_bars.report import Bar, bars_table, table
 
 PHOTOS = 22  # twice over all degradations

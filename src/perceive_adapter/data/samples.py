@@ -28,6 +28,7 @@ __all__ = [
     "MARGIN",
     "CropSampler",
     "Samples",
+    "as_file",
     "cut",
     "degrade_each",
     "draw_severities",
@@ -210,6 +211,11 @@ def degrade_each(
         degraded[rows] = mix(degraded[rows], {name: values}, generator)
         severity[rows, KINDS.index(KIND_OF[name])] = values
     return Samples(clean, degraded, severity)
+
+
+def as_file(image: Tensor) -> Tensor:
+    """Round an image in [0, 1] to the values that a file of 8 bits holds."""
+    return image.clamp(0, 1).mul(255).round() / 255
 
 
 def with_surroundings(side: int) -> int:

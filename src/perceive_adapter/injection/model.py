@@ -339,7 +339,8 @@ class PerceiveModel(nn.Module):
 
         Args:
             repo_id: ``user/name``.
-            **options: of :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
+            **options: ``figures`` that were measured, for the model card, and those of
+                :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
 
         Returns:
             What the Hub answers: where the upload can be seen.

@@ -48,7 +48,8 @@ def wrap(
 
     Args:
         backbone: any module from degraded to restored image.
-        pretrained: folder or Hub repository of a saved adapter; None makes a new one.
+        pretrained: folder of a saved adapter, or its Hub repository, ``user/repo`` or
+            ``user/repo@revision``; None makes a new one.
         sites: dotted module names or globs, see :func:`~perceive_adapter.plan_sites`; None
             discovers them within the parameter budget.
         config: kinds of prompt modules, rank, sources, budget. Only for a new adapter.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILY_OF
-from perceive_adapter.data.samples import MARGIN, with_surroundings
+from perceive_adapter.data.samples import MARGIN, as_file, with_surroundings
 from perceive_adapter.data.triplets import Blend, Medium, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.perceived import Perceived
@@ -130,9 +130,9 @@ def audit(
         for kind, name in enumerate(degradations):
             scene_seed = (seed * 1009 + index) * 1009 + kind
             scenes = [Scene(clean, {name: level}, scene_seed, fold=index % 2) for level in LEVELS]
-            images = [_as_file(scene.degraded()) for scene in scenes]
+            images = [as_file(scene.degraded()) for scene in scenes]
             low = sum(level < _LOW for level in LEVELS) + scene_seed % 4
-            half = _as_file(medium(scenes[low], images[low]))
+            half = as_file(medium(scenes[low], images[low]))
             perceived = perceiver(torch.cat([*images, half])[window].to(device))
             found = findings[name]
             rows = [(perceived.tiers[low], perceived.score[low])]
@@ -202,8 +202,3 @@ def _ranks(values: Tensor) -> Tensor:
     """Ranks from 0, the mean rank where values are equal."""
     below = (values[None] < values[:, None]).sum(1)
     return below + ((values[None] == values[:, None]).sum(1) - 1) / 2
-
-
-def _as_file(image: Tensor) -> Tensor:
-    """The image as a file of 8 bits holds it."""
-    return image.clamp(0, 1).mul(255).round() / 255

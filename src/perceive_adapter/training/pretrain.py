@@ -17,6 +17,7 @@ from perceive_adapter.data import FAMILIES, FAMILY_OF, KIND_OF, KINDS
 from perceive_adapter.data.samples import (
     CropSampler,
     Samples,
+    as_file,
     cut,
     degrade_each,
     draw_severities,
@@ -140,7 +141,7 @@ def draw_samples(
     remains = 0.2 + 0.5 * torch.rand(count, generator=generator)
     remains = torch.where(torch.rand(count, generator=generator) < 0.15, remains, 1.0)
     degraded = clean + remains.view(-1, 1, 1, 1) * (damaged - clean)
-    return Samples(clean, (degraded * 255).round() / 255, samples.severity * remains[:, None])
+    return Samples(clean, as_file(degraded), samples.severity * remains[:, None])
 
 
 def pretrain(

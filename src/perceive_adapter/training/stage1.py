@@ -14,6 +14,7 @@ from torch import Tensor
 from perceive_adapter.data import FAMILIES
 from perceive_adapter.data.samples import (
     CropSampler,
+    as_file,
     cut,
     degrade_each,
     draw_severities,
@@ -110,7 +111,7 @@ def train_perceiver(
         samples = degrade_each(photos, draw_severities(len(photos), generator), generator)
         (degraded,) = cut((samples.degraded,), side, generator)
         with torch.no_grad():
-            embedding = perceiver.embed(_as_files(degraded).to(device))
+            embedding = perceiver.embed(as_file(degraded).to(device))
         return loss + perceiver.heads.loss(embedding, samples.family_severity.to(device))
 
     train(modules, loss_at, recipe.schedule, checkpoint=checkpoint, every=every, title="stage 1")
@@ -161,9 +162,4 @@ def draw_tiers(
         tiers.append(torch.cat([medium(scene, image) for scene, image in pairs]))
     tiers.append(torch.cat([scene.clean for scene in scenes]))
     crops = cut(tiers, side, generator)
-    return _as_files(torch.cat(crops)), torch.arange(len(tiers)).repeat_interleave(len(scenes))
-
-
-def _as_files(images: Tensor) -> Tensor:
-    """The images as files of 8 bits hold them."""
-    return images.clamp(0, 1).mul(255).round().div(255)
+    return as_file(torch.cat(crops)), torch.arange(len(tiers)).repeat_interleave(len(scenes))
