@@ -1,14 +1,16 @@
-"""What a benchmark ran on, for the head of its tables."""
+"""What a benchmark ran on, for the head of its tables, and how much memory it took."""
 
 import datetime
 import platform
+import resource
+import sys
 from pathlib import Path
 
 import torch
 
 import perceive_adapter
 
-__all__ = ["describe", "processor"]
+__all__ = ["describe", "peak_gib", "processor"]
 
 
 def describe() -> str:
@@ -33,3 +35,13 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def peak_gib() -> float:
+    """Peak resident memory of this process in GiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent had in use before it started this
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

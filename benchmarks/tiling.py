@@ -8,7 +8,6 @@ a purely local network, more where a network pools over the whole image.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from environment import peak_gib
 from spandrel.architectures.NAFNet import NAFNet
 from spandrel.architectures.SwinIR import SwinIR
 from spandrel_extra_arches.architectures.Restormer import Restormer
@@ -91,10 +91,9 @@ def restore_photograph() -> None:
     start = time.perf_counter()
     result = model.restore(image, tile=512)
     assert result.shape == image.shape
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"6000 x 4000 through a wrapped NAFNet-16, tiles of 512 px: "
-        f"{time.perf_counter() - start:.0f} s, peak {peak:.2f} GiB (bar {BAR_GIB} GiB)"
+        f"{time.perf_counter() - start:.0f} s, peak {peak_gib():.2f} GiB (bar {BAR_GIB} GiB)"
     )
 
 

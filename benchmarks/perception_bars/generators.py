@@ -60,20 +60,20 @@ def pillow_jpeg(pixels: Pixels, strength: float, seed: int) -> Pixels:
 
 
 def gaussian_noise(pixels: Pixels, strength: float, seed: int) -> Pixels:
-    """White noise, sigma 18 to 41 on the 8-bit scale."""
-    variance = (_between(18, 41, strength) / 255) ** 2
+    """White noise, sigma 10 to 36 on the 8-bit scale."""
+    variance = (_between(10, 36, strength) / 255) ** 2
     return _to_bytes(random_noise(pixels, "gaussian", rng=seed, var=variance))
 
 
 def speckle(pixels: Pixels, strength: float, seed: int) -> Pixels:
-    """Noise in proportion to the signal, sigma 0.18 to 0.4 of it."""
-    variance = _between(0.18, 0.4, strength) ** 2
+    """Noise in proportion to the signal, sigma 0.09 to 0.32 of it."""
+    variance = _between(0.09, 0.32, strength) ** 2
     return _to_bytes(random_noise(pixels, "speckle", rng=seed, var=variance))
 
 
 def poisson(pixels: Pixels, strength: float, seed: int) -> Pixels:
-    """Shot noise of an exposure 3 to 12 times too short, brightened again."""
-    times = _between(3, 12, strength)
+    """Shot noise of 256 photons in white, or of 11 times fewer, brightened again."""
+    times = _between(1, 11, strength)
     noisy = random_noise(pixels / (255 * times), "poisson", rng=seed, clip=False)
     return _to_bytes(times * noisy)
 

@@ -7,13 +7,15 @@ perception of a small image; ``peak`` that of everything, the image included.
 """
 
 import json
-import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import peak_gib
 
 from perceive_adapter import QualityPerceiver
 
@@ -33,16 +35,6 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
     quartiles = statistics.quantiles(seconds[1:], n=4)  # the first run warms up
     print(json.dumps({"seconds": quartiles, "before": before, "peak": peak_gib()}))
-
-
-def peak_gib() -> float:
-    """Return the peak resident memory of this process in GiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage also counts what the parent had in use before it started this
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from perceive_adapter.data.samples import MARGIN, with_surroundings
 from perceive_adapter.perceiver.audit import Audit, Findings, audit
 from perception_bars.photographs import Subject
 from perception_bars.report import Bar, bars_table
@@ -19,29 +20,32 @@ def report(subject: Subject) -> str:
     if not subject.clean:
         return "Skipped: there are no photographs."
     whole = audit(subject.perceiver, subject.clean)
-    patches = [patch for photo in enumerate(subject.clean) for patch in _patches(*photo)]
-    small = audit(subject.perceiver, patches)
-    kept = [index for index, patch in enumerate(patches) if _structure(patch) > STRUCTURE]
+    crops = [crop for photo in enumerate(subject.clean) for crop in _crops(*photo)]
+    small = audit(subject.perceiver, crops, patch=PATCH)
+    kept = [index for index, crop in enumerate(crops) if _structure(crop) > STRUCTURE]
     parts = [_part(f"Whole images ({len(subject.clean)})", whole)]
-    parts.append(_part(f"All random patches of {PATCH} pixels ({len(patches)})", small))
+    parts.append(_part(f"All random patches of {PATCH} pixels ({len(crops)})", small))
     if kept:
         title = f"Patches with a standard deviation above {STRUCTURE} of 255 ({len(kept)})"
         parts.append(_part(title, _only(small, kept)))
     return "\n\n".join(parts)
 
 
-def _patches(index: int, photo: Tensor) -> list[Tensor]:
+def _crops(index: int, photo: Tensor) -> list[Tensor]:
+    """Cut out what is damaged, so that a patch in its middle shows nothing of its border."""
     generator = torch.Generator().manual_seed(index)
+    size = with_surroundings(PATCH)
     corners = [
-        [int(torch.randint(side - PATCH + 1, (), generator=generator)) for side in photo.shape[1:]]
+        [int(torch.randint(side - size + 1, (), generator=generator)) for side in photo.shape[1:]]
         for _ in range(PATCHES_EACH)
     ]
-    return [photo[:, top : top + PATCH, left : left + PATCH] for top, left in corners]
+    return [photo[:, top : top + size, left : left + size] for top, left in corners]
 
 
-def _structure(patch: Tensor) -> float:
-    """Standard deviation of the gray patch: an even colour has none."""
-    return float(patch.float().mean(0).std())
+def _structure(crop: Tensor) -> float:
+    """Standard deviation of the gray middle: an even colour has none."""
+    inside = slice(MARGIN, -MARGIN)
+    return float(crop[:, inside, inside].float().mean(0).std())
 
 
 def _only(found: Audit, kept: Sequence[int]) -> Audit:

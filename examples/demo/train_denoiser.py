@@ -1,4 +1,4 @@
-"""Train the demo's backbone on Gaussian noise of random severity.
+"""Train the demo's backbone on Gaussian noise of random strength.
 
     python examples/demo/train_denoiser.py --data FOLDER_OF_JPEGS --out denoiser.safetensors
 
@@ -15,8 +15,6 @@ from denoiser import build_denoiser, save_denoiser
 from images import load_held_out, load_photos, random_crops
 from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
-
-from perceive_adapter.data import degrade
 
 BATCH = 8
 CROP_SIDES = (64, 80, 96)
@@ -69,8 +67,9 @@ def train(arguments: argparse.Namespace) -> None:
     for step in range(1, arguments.steps + 1):
         side = CROP_SIDES[int(torch.randint(len(CROP_SIDES), (), generator=generator))]
         clean = random_crops(photos, BATCH, (side, side), generator)
-        severity = torch.rand(BATCH, generator=generator)
-        noisy = degrade(clean, "gaussian_noise", severity, generator)
+        sigma = (5 + 45 * torch.rand(BATCH, 1, 1, 1, generator=generator)) / 255
+        noise = sigma * torch.randn(clean.shape, generator=generator)
+        noisy = (clean + noise).clamp(0, 1)
         loss = nn.functional.l1_loss(denoiser(noisy), clean)
         optimizer.zero_grad()
         loss.backward()

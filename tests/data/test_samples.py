@@ -217,10 +217,22 @@ class TestCut:
         assert first.shape == second.shape == (200, 3, 32, 32)
         assert torch.equal(first + 1, second)
         corners = first[:, :2, 0, 0]
-        assert {int(corner) % 8 for corner in corners.flatten()} == set(range(8))
+        # JPEG's blocks of chroma are 16 pixels wide: a crop may begin at any of them.
+        for axis in (0, 1):
+            assert {int(corner) % 16 for corner in corners[:, axis]} == set(range(16))
         # What a blur of the widest kernel mixes with replicated borders is cut off.
         assert corners.min() >= 12
         assert first[:, :2].amax() <= whole - 13
+
+    def test_flips_some_samples_either_way(self) -> None:
+        whole = with_surroundings(8)
+        rows = torch.arange(whole).view(-1, 1).expand(whole, whole)
+        (crops,) = cut((torch.stack([rows, rows.T]).expand(200, 2, -1, -1).float(),), 8, seeded())
+        down, right = crops[:, 0, 1, 0] - crops[:, 0, 0, 0], crops[:, 1, 0, 1] - crops[:, 1, 0, 0]
+        for step in (down, right):
+            assert set(step.tolist()) == {1.0, -1.0}
+            assert abs(step.mean()) < 0.3
+        assert abs((down * right).mean()) < 0.3
 
     def test_a_crop_of_a_damaged_photograph_has_no_border(self) -> None:
         whole = with_surroundings(32)

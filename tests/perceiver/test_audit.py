@@ -187,5 +187,5 @@ def test_a_patch_shows_nothing_of_the_border(perceiver: QualityPerceiver) -> Non
         for name in names:
             assert first[name].tiers == second[name].tiers
             assert first[name].scores[0] == pytest.approx(second[name].scores[0], abs=1e-4)
-    with pytest.raises(ConfigError, match="patch=49 needs photographs of 80 pixels"):
+    with pytest.raises(ConfigError, match="patch=49 needs photographs of 88 pixels"):
         audit(perceiver, [photo], patch=49)

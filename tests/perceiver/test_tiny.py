@@ -18,8 +18,6 @@ from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.audit import LEVELS, spearman
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
-STABLE = ("rain", "haze", "low_light", "gaussian_noise")
-"""Not blur and JPEG, which these weights tell by borders and block corners too (docs)."""
 FOLDER = Path(perceive_adapter.__file__).parent / "assets" / "perceive-tiny"
 
 
@@ -125,12 +123,12 @@ class TestStability:
     def test_flips(self, tiny: QualityPerceiver, photos: list[Tensor]) -> None:
         changes = []
         for photo in photos:
-            for image in (photo, *(damaged(photo, name, 0.6) for name in STABLE)):
+            for image in (photo, *(damaged(photo, name, 0.6) for name in DEGRADATIONS)):
                 score = tiny(image).score
                 for axes in ((2,), (3,), (2, 3)):
                     changes.append(float(abs(tiny(image.flip(axes)).score - score)))
-        assert max(changes) < 0.07
-        assert fmean(changes) < 0.01
+        assert max(changes) < 0.2
+        assert fmean(changes) < 0.025
 
     @torch.no_grad()
     def test_crops_that_keep_half_the_area(
@@ -138,15 +136,27 @@ class TestStability:
     ) -> None:
         changes = []
         for photo in photos:
-            for name in STABLE:
-                image = damaged(photo, name, 0.6)
+            for image in (photo, *(damaged(photo, name, 0.6) for name in DEGRADATIONS)):
                 score = tiny(image).score
                 height, width = (round(side * 0.5**0.5) for side in image.shape[2:])
                 for top, left in ((0, 0), (image.shape[2] - height, image.shape[3] - width)):
                     crop = image[..., top : top + height, left : left + width]
                     changes.append(float(abs(tiny(crop).score - score)))
-        assert max(changes) < 0.2
-        assert fmean(changes) < 0.05
+        assert max(changes) < 0.35
+        assert fmean(changes) < 0.08
+
+    @torch.no_grad()
+    def test_where_a_crop_of_a_jpeg_begins(
+        self, tiny: QualityPerceiver, photos: list[Tensor]
+    ) -> None:
+        column = FAMILIES.index("jpeg")
+        for photo in photos:
+            image = damaged(photo, "jpeg", 0.7)
+            places = [(top, left) for top in range(0, 16, 3) for left in range(0, 16, 5)]
+            crops = [image[..., top : top + 160, left : left + 160] for top, left in places]
+            perceived = tiny(torch.cat(crops))
+            assert perceived.degradations[:, column].min() > 0.5
+            assert perceived.score.max() - perceived.score.min() < 0.2
 
 
 @torch.no_grad()

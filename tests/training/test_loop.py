@@ -2,6 +2,7 @@
 
 import copy
 import math
+import queue
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import CheckpointError
-from perceive_adapter.training.loop import Schedule, seeded, train
+from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=12, learning_rate=1e-2, warmup=3, weight_decay=0.1)
 
@@ -175,3 +176,26 @@ def test_generator_of_a_step_hangs_on_seed_and_step_alone() -> None:
     }
     assert len(drawn) == 200
     assert torch.equal(torch.rand(4, generator=seeded(2, 7)), torch.rand(4, generator=seeded(2, 7)))
+
+
+class TestAhead:
+    """The samples of a step are drawn while the step before is trained."""
+
+    def test_gives_the_samples_of_the_step_that_is_asked_for(self) -> None:
+        with Ahead(lambda step: step**2, steps=6) as ahead:
+            assert [ahead(step) for step in (2, 3, 4, 0, 1, 1, 5)] == [4, 9, 16, 0, 1, 1, 25]
+
+    def test_draws_the_next_step_meanwhile_and_none_after_the_last(self) -> None:
+        drawn: queue.Queue[int] = queue.Queue()
+        with Ahead(drawn.put, steps=2) as ahead:
+            ahead(0)
+            assert [drawn.get(timeout=10), drawn.get(timeout=10)] == [0, 1]
+            ahead(1)
+        assert drawn.empty()
+
+    def test_what_goes_wrong_there_is_raised_here(self) -> None:
+        def draw(step: int) -> None:
+            raise Killed
+
+        with Ahead(draw, steps=2) as ahead, pytest.raises(Killed):
+            ahead(0)

@@ -41,7 +41,7 @@ IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tif
 _OCTAVE: Final = 2**-0.5
 _SMALLEST_SIDE: Final = 160  # pixels, of a photograph that is shrunk to be another scene
 MARGIN: Final = 12  # pixels; half of the widest blur's kernel
-_PHASES: Final = 8  # pixels of a JPEG block
+_PHASES: Final = 16  # pixels of a JPEG block whose colours are stored at half resolution
 _FLAT: Final = 0.03  # standard deviation below which a crop shows next to nothing
 _NAMES_OF: Final = {
     kind: tuple(name for name in DEGRADATIONS if KIND_OF[name] == kind) for kind in KINDS
@@ -224,23 +224,26 @@ def with_surroundings(side: int) -> int:
 
 
 def cut(images: Sequence[Tensor], side: int, generator: torch.Generator) -> list[Tensor]:
-    """Cut a smaller crop out of the middle of damaged ones, at the same place in all ``images``.
+    """Cut a smaller crop out of the middle of damaged ones, and flip some either way.
 
-    A photograph's border shows how a blur was made, and its corner where JPEG's blocks begin. A
-    crop of a damaged photograph has neither, and a perceiver must not come to depend on them.
+    Each sample's place and flips are the same in all ``images``. A photograph's border shows how a
+    blur was made, and its corner where JPEG's blocks begin. A crop of a damaged photograph has
+    neither, and a perceiver must not come to depend on them, nor on what was up.
 
     Args:
         images: (B, 3, S, S) each, S as :func:`with_surroundings` says.
         side: of the crops, (B, 3, side, side).
-        generator: source of the place, one for each sample.
+        generator: source of place and flips, drawn for each sample.
     """
-    drawn = torch.randint(_PHASES, (len(images[0]), 2), generator=generator)
-    corners = [(top, left) for top, left in (drawn + MARGIN).tolist()]
+    count = len(images[0])
+    places = (torch.randint(_PHASES, (count, 2), generator=generator) + MARGIN).tolist()
+    flips = torch.randint(2, (count, 2), generator=generator).tolist()
+    axes = [[axis for axis, flipped in zip((1, 2), row, strict=True) if flipped] for row in flips]
     return [
         torch.stack(
             [
-                sample[:, top : top + side, left : left + side]
-                for sample, (top, left) in zip(batch, corners, strict=True)
+                sample[:, top : top + side, left : left + side].flip(flipped)
+                for sample, (top, left), flipped in zip(batch, places, axes, strict=True)
             ]
         )
         for batch in images

@@ -57,7 +57,7 @@ class Blend:
         ConfigError: ``remains`` is no such share.
     """
 
-    remains: float = 0.35
+    remains: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.remains < 1:

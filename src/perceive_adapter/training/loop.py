@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import CheckpointError, TrainingError
 
-__all__ = ["Schedule", "seeded", "train"]
+__all__ = ["Ahead", "Schedule", "seeded", "train"]
+
+T = TypeVar("T")
 
 _STATE = {"step", "schedule", "modules", "optimizer"}
 
@@ -54,6 +57,36 @@ def seeded(seed: int, step: int, stream: int = 0) -> torch.Generator:
     Trainings of one seed draw from different streams.
     """
     return torch.Generator().manual_seed((stream << 40) + seed * 1_000_003 + step)
+
+
+class Ahead(Generic[T]):
+    """Draws the samples of the next step in a thread, while this one trains.
+
+    Args:
+        draw: the samples of a step; everything random in it must hang on the step alone.
+        steps: in all.
+    """
+
+    def __init__(self, draw: Callable[[int], T], steps: int) -> None:
+        self._draw, self._steps = draw, steps
+        self._pool = ThreadPoolExecutor(1, "samples")
+        self._next: tuple[int, Future[T]] | None = None
+
+    def __call__(self, step: int) -> T:
+        """Return the samples of a step."""
+        ready = self._next
+        if ready is None or ready[0] != step:
+            ready = step, self._pool.submit(self._draw, step)
+        samples = ready[1].result()
+        if step + 1 < self._steps:
+            self._next = step + 1, self._pool.submit(self._draw, step + 1)
+        return samples
+
+    def __enter__(self) -> Ahead[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def train(

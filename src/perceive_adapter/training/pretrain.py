@@ -34,7 +34,7 @@ from perceive_adapter.training.captions import (
     write_captions,
     write_quality_captions,
 )
-from perceive_adapter.training.loop import Schedule, seeded, train
+from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
 
 __all__ = ["ARCHITECTURE", "SCHEDULE", "TinyTowers", "as_perceiver", "draw_samples", "pretrain"]
 
@@ -168,15 +168,20 @@ def pretrain(
     towers = TinyTowers(seed).train()
     towers.to(memory_format=torch.channels_last)
 
-    def loss_at(step: int) -> Tensor:
+    def draw(step: int) -> tuple[Samples, torch.Generator]:
         generator = seeded(seed, step)
         side, count = _SIZES[step % len(_SIZES)]
-        samples = draw_samples(sampler, count, side, generator)
-        return towers.loss(samples, generator)
+        return draw_samples(sampler, count, side, generator), generator
 
-    train(
-        {"towers": towers}, loss_at, schedule, checkpoint=checkpoint, every=every, title="pretrain"
-    )
+    with Ahead(draw, schedule.steps) as ahead:
+        train(
+            {"towers": towers},
+            lambda step: towers.loss(*ahead(step)),
+            schedule,
+            checkpoint=checkpoint,
+            every=every,
+            title="pretrain",
+        )
     return towers.eval()
 
 

@@ -23,7 +23,7 @@ from perceive_adapter.data.samples import (
 from perceive_adapter.data.triplets import Blend, Medium, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.quality import QualityPerceiver
-from perceive_adapter.training.loop import Schedule, seeded, train
+from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
 
 __all__ = ["PAPER", "TINY", "Stage1", "train_perceiver"]
 
@@ -87,7 +87,7 @@ def train_perceiver(
     """
     between = len(perceiver.tiers) - 2
     if mediums is None:
-        mediums = [Blend(0.7 * (between - i) / (between + 1)) for i in range(between)]
+        mediums = [Blend((between - i) / (between + 1)) for i in range(between)]
     _check(perceiver, folds, mediums)
     perceiver.prompts.requires_grad_(True)
     modules: dict[str, torch.nn.Module] = {"prompts": perceiver.prompts}
@@ -95,26 +95,30 @@ def train_perceiver(
         modules["heads"] = perceiver.heads.requires_grad_(True)
     device = perceiver.prompts.context.device
 
-    def loss_at(step: int) -> Tensor:
+    def draw(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = seeded(recipe.seed, step, stream=2)
         side = recipe.sides[step % len(recipe.sides)]
         scenes = draw_scenes(folds, with_surroundings(side), recipe, generator)
         images, tiers = draw_tiers(scenes, mediums, side, generator)
-        with torch.no_grad():
-            embedding = perceiver.embed(images.to(device))
-        loss = F.cross_entropy(perceiver.tier_logits(embedding), tiers.to(device))
         if perceiver.heads is None:
-            return loss
-        # From both folds, since sides taken in turn would fall to one fold each.
-        whole = with_surroundings(side)
-        photos = torch.cat([fold.draw(recipe.scenes, whole, generator) for fold in folds])
-        samples = degrade_each(photos, draw_severities(len(photos), generator), generator)
-        (degraded,) = cut((samples.degraded,), side, generator)
-        with torch.no_grad():
-            embedding = perceiver.embed(as_file(degraded).to(device))
-        return loss + perceiver.heads.loss(embedding, samples.family_severity.to(device))
+            return images, tiers, images[:0], images.new_zeros(0)
+        return images, tiers, *draw_damaged(folds, recipe.scenes, side, generator)
 
-    train(modules, loss_at, recipe.schedule, checkpoint=checkpoint, every=every, title="stage 1")
+    with Ahead(draw, recipe.schedule.steps) as ahead:
+
+        def loss_at(step: int) -> Tensor:
+            images, tiers, damaged, severity = (part.to(device) for part in ahead(step))
+            with torch.no_grad():
+                embedding = perceiver.embed(images)
+            loss = F.cross_entropy(perceiver.tier_logits(embedding), tiers)
+            if perceiver.heads is None:
+                return loss
+            with torch.no_grad():
+                embedding = perceiver.embed(damaged)
+            return loss + perceiver.heads.loss(embedding, severity)
+
+        schedule = recipe.schedule
+        train(modules, loss_at, schedule, checkpoint=checkpoint, every=every, title="stage 1")
     for module in modules.values():
         module.requires_grad_(False)
 
@@ -149,6 +153,20 @@ def draw_scenes(
         Scene(crops[index % 2][index // 2][None], severities, seeds[index], index % 2)
         for index, severities in enumerate(damaged)
     ]
+
+
+def draw_damaged(
+    folds: Sequence[CropSampler], count: int, side: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw damaged crops (N, 3, side, side) for the heads and their severities (N, D).
+
+    Both folds give ``count``, since sides taken in turn would fall to one fold each.
+    """
+    whole = with_surroundings(side)
+    photos = torch.cat([fold.draw(count, whole, generator) for fold in folds])
+    samples = degrade_each(photos, draw_severities(len(photos), generator), generator)
+    (degraded,) = cut((samples.degraded,), side, generator)
+    return as_file(degraded), samples.family_severity
 
 
 def draw_tiers(

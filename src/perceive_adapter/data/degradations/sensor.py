@@ -1,6 +1,7 @@
 """What a sensor and a codec do: noise, too little light, JPEG."""
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ _MID_GRAY = 0.45
 
 
 def gaussian_noise(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
-    """White Gaussian noise, sigma from 5 to 50 on the 8-bit scale."""
+    """White Gaussian noise, sigma from 2 to 50 on the 8-bit scale, finer where it is faint."""
     return image + _sigma(severity) * normal(image.shape, image, generator)
 
 
@@ -33,18 +34,20 @@ def poisson_noise(image: Tensor, severity: Tensor, generator: torch.Generator | 
 def correlated_noise(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
     """Noise as a camera's software leaves it: of the same sigma, smeared over neighbours.
 
-    How far, and how alike the channels are, differs from image to image.
+    How far, and how much of it is in the luminance and how much in the colours, differs from image
+    to image.
     """
     batch = len(image)
     width = 0.4 + 0.8 * uniform((batch, 1, 1), image, generator)
-    gray = uniform((batch, 1, 1, 1), image, generator)
+    angle = math.pi / 2 * uniform((batch, 1, 1, 1), image, generator)
     drawn = normal(image.shape, image, generator)
-    drawn = (1 - gray) * drawn + gray * drawn.mean(dim=1, keepdim=True)
+    luminance = drawn.mean(dim=1, keepdim=True)
+    # Either part alone has unit variance, so that the angle leaves sigma as it is.
+    mixed = 3**0.5 * angle.cos() * luminance + 1.5**0.5 * angle.sin() * (drawn - luminance)
     axis = torch.arange(-3, 4, device=image.device, dtype=image.dtype)
     kernel = torch.exp(-0.5 * (axis**2 + axis.view(-1, 1) ** 2) / width**2)
     gain = kernel.square().sum((1, 2)).rsqrt().view(-1, 1, 1, 1)
-    spread = ((1 - gray) ** 2 + (1 - (1 - gray) ** 2) / image.shape[1]).rsqrt()
-    return image + _sigma(severity) * gain * spread * convolve(drawn, kernel)
+    return image + _sigma(severity) * gain * convolve(mixed, kernel)
 
 
 def low_light(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -72,4 +75,4 @@ def _recode(pixels: np.ndarray[Any, Any], quality: int) -> np.ndarray[Any, Any]:
 
 
 def _sigma(severity: Tensor) -> Tensor:
-    return (5 + 45 * severity) / 255
+    return (2 + 48 * severity**1.5) / 255
