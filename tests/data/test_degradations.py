@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from perceive_adapter.data import DEGRADATIONS, FAMILIES, FAMILY_OF, KIND_OF, KINDS, degrade, mix
+from perceive_adapter.data.degradations.weather import _depth_map
 from perceive_adapter.errors import ConfigError, ImageError
 
 NAMES = tuple(DEGRADATIONS)
@@ -88,7 +89,7 @@ def test_every_degradation_has_a_family() -> None:
 
 def test_kinds_are_finer_than_families() -> None:
     assert tuple(KIND_OF) == NAMES
-    assert len(set(KINDS)) == len(KINDS) == 7
+    assert len(set(KINDS)) == len(KINDS) == 8
     for kind in KINDS:
         assert len({FAMILY_OF[name] for name in NAMES if KIND_OF[name] == kind}) == 1
 
@@ -340,6 +341,16 @@ def test_haze_draws_everything_towards_a_smooth_airlight() -> None:
     assert airlight.max() < 1
     # One airlight per image and channel, whatever the depth.
     assert airlight.amax((2, 3)).sub(airlight.amin((2, 3))).max() < 1e-3
+
+
+def test_haze_thickens_at_the_edges_of_things() -> None:
+    halves = torch.cat([gray(0.2, side=64), gray(0.7, side=64)], dim=3)[..., :64, :]
+
+    def steps(image: Tensor) -> Tensor:
+        depths = _depth_map(image.expand(40, -1, -1, -1), seeded())
+        return (depths[..., 68] - depths[..., 59]).abs().mean()
+
+    assert steps(halves) > 1.5 * steps(torch.full_like(halves, 0.45))
 
 
 def test_haze_is_thickest_above() -> None:

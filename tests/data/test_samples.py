@@ -13,6 +13,8 @@ from torch import Tensor
 from perceive_adapter.data import DEGRADATIONS, FAMILIES, KIND_OF, KINDS, mix
 from perceive_adapter.data.samples import (
     CropSampler,
+    as_file,
+    as_stored,
     cut,
     degrade_each,
     draw_severities,
@@ -138,28 +140,35 @@ class TestCropSampler:
 
 class TestDrawSeverities:
     def test_counts_and_range(self) -> None:
-        drawn = draw_severities(80, seeded(), low=0.3, high=0.7)
-        assert Counter(map(len, drawn)) == {0: 10, 1: 50, 2: 10, 3: 10}
+        drawn = draw_severities(81, seeded(), low=0.3, high=0.7)
+        assert Counter(map(len, drawn)) == {0: 9, 1: 54, 2: 9, 3: 9}
         values = [value for severities in drawn for value in severities.values()]
         assert 0.3 <= min(values) < 0.35
         assert 0.65 < max(values) <= 0.7
-        assert draw_severities(80, seeded(), low=0.3, high=0.7) == drawn
-        assert draw_severities(80, seeded(1), low=0.3, high=0.7) != drawn
+        assert draw_severities(81, seeded(), low=0.3, high=0.7) == drawn
+        assert draw_severities(81, seeded(1), low=0.3, high=0.7) != drawn
+
+    def test_what_comes_on_top_is_milder(self) -> None:
+        several = [list(s.values()) for s in draw_severities(4500, seeded()) if len(s) > 1]
+        first = [values[0] for values in several]
+        others = [value for values in several for value in values[1:]]
+        assert sum(first) / len(first) == pytest.approx(0.05 + 0.95 / 2, abs=0.04)
+        assert sum(others) / len(others) == pytest.approx(0.05 + 0.95 / 3, abs=0.04)
 
     def test_kinds_take_turns(self) -> None:
-        drawn = draw_severities(56, seeded())
+        drawn = draw_severities(72, seeded())
         first = [KIND_OF[next(iter(severities))] for severities in drawn if severities]
-        # 49 of 56 images are damaged, each kind's first 7 times.
-        assert Counter(first) == dict.fromkeys(KINDS, 7)
+        # 64 of 72 images are damaged, each kind's first 8 times.
+        assert Counter(first) == dict.fromkeys(KINDS, 8)
 
     def test_every_kind_is_as_frequent_and_every_degradation_within_it(self) -> None:
         names = [
-            name for batch in range(200) for s in draw_severities(56, seeded(batch)) for name in s
+            name for batch in range(200) for s in draw_severities(72, seeded(batch)) for name in s
         ]
         kinds = Counter(KIND_OF[name] for name in names)
-        assert len(names) == 200 * 70
+        assert len(names) == 200 * 88
         for kind in KINDS:
-            assert kinds[kind] == pytest.approx(2000, rel=0.06)
+            assert kinds[kind] == pytest.approx(2200, rel=0.06)
         sizes = Counter(KIND_OF.values())
         counts = Counter(names)
         for name in DEGRADATIONS:
@@ -180,7 +189,7 @@ class TestDegradeEach:
             {KINDS[column]: round(value, 4) for column, value in enumerate(row) if value}
             for row in samples.severity.tolist()
         ]
-        assert labels == [{}, {"blur": 0.4}, {"haze": 0.2, "jpeg": 0.9}, {"noise": 0.7}]
+        assert labels == [{}, {"motion_blur": 0.4}, {"haze": 0.2, "jpeg": 0.9}, {"noise": 0.7}]
         changed = (samples.degraded != clean).flatten(1).any(dim=1)
         assert changed.tolist() == [False, True, True, True]
         assert torch.equal(samples.clean, clean)
@@ -206,6 +215,25 @@ class TestDegradeEach:
         before = clean.clone()
         degrade_each(clean, draw_severities(8, seeded()), seeded())
         assert torch.equal(clean, before)
+
+
+class TestAsStored:
+    def test_one_in_four_is_a_fine_jpeg_and_all_hold_eight_bits(self, photos: list[Tensor]) -> None:
+        crops = CropSampler(photos).draw(200, 32, seeded())
+        rounded = as_file(crops)
+        stored = as_stored(crops, seeded())
+        torch.testing.assert_close(stored, as_file(stored))
+        change = (stored - rounded).flatten(1).square().mean(dim=1).sqrt() * 255
+        assert 30 <= (change > 0).sum() <= 70
+        assert change[change > 0].median() < 4
+        assert torch.equal(as_stored(crops, seeded()), stored)
+
+    def test_the_image_itself_stays(self, photos: list[Tensor]) -> None:
+        crops = CropSampler(photos).draw(16, 32, seeded())
+        before = crops.clone()
+        as_stored(crops, seeded())
+        assert torch.equal(crops, before)
+        assert as_stored(crops[:0], seeded()).shape == (0, 3, 32, 32)
 
 
 class TestCut:

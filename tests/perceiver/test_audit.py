@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.data import FAMILIES, FAMILY_OF
 from perceive_adapter.data.samples import with_surroundings
-from perceive_adapter.data.triplets import Blend, Restored, Scene
+from perceive_adapter.data.triplets import Milder, Restored, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver import QualityPerceiver
 from perceive_adapter.perceiver.audit import LEVELS, Audit, Findings, audit, spearman
@@ -64,7 +64,8 @@ def test_figures_are_those_of_calling_the_perceiver_by_hand(
             damaged = [as_file(Scene(clean, {name: s}, seed).degraded()) for s in LEVELS]
             told = [perceiver(image) for image in damaged]
             low = damaged[4 + seed % 4]
-            half = as_file(clean + 0.35 * (low - clean))
+            milder = 0.4 * LEVELS[4 + seed % 4]
+            half = as_file(Scene(clean, {name: milder}, seed).degraded())
             triplet = [perceiver(image) for image in (low, half, clean)]
             tiers = [one.tiers.argmax().item() == tier for tier, one in enumerate(triplet)]
             right += tiers
@@ -162,13 +163,13 @@ def test_refuses_what_it_cannot_judge(photos: list[Tensor], perceiver: QualityPe
         audit(trained(VIT, degradations=("noise",)), photos, degradations=["haze"])
 
 
-def test_blend_is_the_medium_unless_another_is_given(
+def test_milder_damage_is_the_medium_unless_another_is_given(
     photos: list[Tensor], perceiver: QualityPerceiver
 ) -> None:
     arguments = {"degradations": ["jpeg"]}
     own = audit(perceiver, photos[:1], **arguments)
-    assert own == audit(perceiver, photos[:1], medium=Blend(), **arguments)
-    assert own != audit(perceiver, photos[:1], medium=Blend(0.9), **arguments)
+    assert own == audit(perceiver, photos[:1], medium=Milder(0.4), **arguments)
+    assert own != audit(perceiver, photos[:1], medium=Milder(0.9), **arguments)
 
 
 def test_a_patch_shows_nothing_of_the_border(perceiver: QualityPerceiver) -> None:

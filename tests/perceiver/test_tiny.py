@@ -146,6 +146,19 @@ class TestStability:
         assert fmean(changes) < 0.08
 
     @torch.no_grad()
+    def test_sizes_that_the_stride_does_not_divide(
+        self, tiny: QualityPerceiver, photos: list[Tensor]
+    ) -> None:
+        column = FAMILIES.index("blur")
+        for photo in photos:
+            blurred = damaged(photo, "gaussian_blur", 0.8)
+            even = tiny(blurred[..., :160, :208])
+            for height, width in ((161, 208), (160, 215), (170, 223), (167, 209)):
+                odd = tiny(blurred[..., :height, :width])
+                assert abs(odd.severity - even.severity)[0, column] < 0.05
+                assert abs(odd.score - even.score) < 0.05
+
+    @torch.no_grad()
     def test_where_a_crop_of_a_jpeg_begins(
         self, tiny: QualityPerceiver, photos: list[Tensor]
     ) -> None:

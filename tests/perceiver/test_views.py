@@ -71,6 +71,21 @@ def test_gradient_counts_the_views_of_a_pixel() -> None:
     assert image.grad[0, 0, :, 0].tolist() == [1.0] * 16 + [2.0] * 16 + [1.0] * 16
 
 
+@pytest.mark.parametrize("views", [native_views, even_views])
+@pytest.mark.parametrize("limit", [1, 2, 16])
+def test_sides_are_multiples_unless_the_image_is_smaller(
+    views: Callable[..., torch.Tensor], limit: int
+) -> None:
+    for height, width in itertools.product([3, 8, 15, 32, 41, 70, 300], repeat=2):
+        image = positions(height, width)
+        tiles = views(image, 32, limit, 8)
+        for axis, side in enumerate((height, width)):
+            assert tiles.shape[3 + axis] == side if side < 8 else tiles.shape[3 + axis] % 8 == 0
+            # What is left out is left out at both ends, so that a flipped image has the same tiles.
+            first, last = tiles[0, :, axis].min(), tiles[0, :, axis].max()
+            assert abs(first - (side - 1 - last)) <= 1
+
+
 @pytest.mark.parametrize("limit", [1, 2, 4, 16])
 def test_even_tiles_are_equal_and_cover_the_image(limit: int) -> None:
     for height, width in itertools.product([1, 31, 32, 33, 65, 100], repeat=2):
@@ -82,9 +97,10 @@ def test_even_tiles_are_equal_and_cover_the_image(limit: int) -> None:
             continue
         tile = height // rows, width // columns
         assert tiles.shape == (1, rows * columns, 2, *tile)
-        corners = itertools.product(range(rows), range(columns))
-        for view, (row, column) in zip(tiles[0], corners, strict=True):
-            top, left = row * tile[0], column * tile[1]
+        seen = {(y, x) for view in tiles[0] for y, x in view.flatten(1).int().T.tolist()}
+        assert len(seen) == rows * tile[0] * columns * tile[1]  # no pixel twice
+        for view in tiles[0]:
+            top, left = view[:, 0, 0].int().tolist()
             assert torch.equal(view, image[0, :, top : top + tile[0], left : left + tile[1]])
 
 
@@ -96,8 +112,8 @@ def test_even_tiles_take_turns_batch_wise_and_pass_gradients() -> None:
         assert torch.equal(even_views(one[None], 32, 4)[0], of_one)
     tiles.sum().backward()
     assert image.grad is not None
-    # The 33rd column does not divide evenly, and is left out.
-    assert image.grad[0, 0, 0].tolist() == [1.0] * 32 + [0.0]
+    # A column between the tiles is left out, since 33 does not divide evenly.
+    assert image.grad[0, 0, 0].tolist() == [1.0] * 16 + [0.0] + [1.0] * 16
 
 
 class Mean(torch.nn.Module):
@@ -127,9 +143,9 @@ def test_exports(views: Callable[..., torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("views", [native_views, even_views])
 def test_errors(views: Callable[..., torch.Tensor]) -> None:
-    for size, limit in [(0, 1), (1, 0), (-3, 4)]:
-        with pytest.raises(ConfigError, match=f"size={size} and limit={limit}"):
-            views(torch.zeros(1, 3, 4, 4), size, limit)
+    for size, limit, multiple in [(0, 1, 1), (1, 0, 1), (-3, 4, 1), (4, 4, 0)]:
+        with pytest.raises(ConfigError, match=f"{size=}, {limit=} and {multiple=}"):
+            views(torch.zeros(1, 3, 4, 4), size, limit, multiple)
     for shape in [(3, 4, 4), (1, 3, 0, 4), (1, 3, 4, 0)]:
         with pytest.raises(ImageError, match=r"expected \(B, C, H, W\)"):
             views(torch.zeros(shape), 4, 4)

@@ -24,6 +24,7 @@ WAYS = {
     "rain": ("rain",),
     "low_light": ("darkness", "low light", "underexposure"),
     "blur": ("blur",),
+    "motion_blur": ("motion blur",),
     "downsampling": ("pixelation", "low resolution"),
     "noise": ("noise", "grain"),
     "jpeg": ("jpeg artifacts", "compression"),

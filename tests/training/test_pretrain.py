@@ -11,6 +11,7 @@ from torch import Tensor
 from perceive_adapter.data import KINDS
 from perceive_adapter.data.samples import (
     CropSampler,
+    as_stored,
     cut,
     degrade_each,
     draw_severities,
@@ -83,6 +84,9 @@ def test_what_is_half_restored_is_labelled_in_proportion() -> None:
     generator = seeded(0, 0)
     photos = folds()[0].draw(64, with_surroundings(32), generator)
     whole = degrade_each(photos, draw_severities(64, generator), generator)
+    for _ in range(2):
+        torch.rand(64, generator=generator)  # how much remains, and of which
+    as_stored(photos, generator)
     clean, degraded = cut((photos, whole.degraded), 32, generator)
     samples = draw_samples(folds()[0], 64, 32, seeded(0, 0))
     damaged = whole.severity.any(dim=1)
@@ -90,7 +94,8 @@ def test_what_is_half_restored_is_labelled_in_proportion() -> None:
     damage, left = (
         (one - clean)[damaged].flatten(1).norm(dim=1) for one in (degraded, samples.degraded)
     )
-    torch.testing.assert_close(left / damage, share, atol=0.05, rtol=0)
+    # Some were stored as JPEG, which shows where there is hardly any damage.
+    assert ((left / damage - share).abs() < 0.05).float().mean() > 0.9
     assert 1 <= (share < 1).sum() <= 20
     assert share.min() >= 0.2
     assert share[share < 1].max() <= 0.7 + 1e-6

@@ -93,7 +93,7 @@ def _add_schedule(parser: ArgumentParser) -> None:
         help="at the end, not above the first (1e-6; perceive-tiny: 1e-4)",
     )
     scenes = integer(1, 4096)
-    add("--scenes", type=scenes, metavar="N", help="scenes in a batch, three images each (14)")
+    add("--scenes", type=scenes, metavar="N", help="scenes in a batch, three images each (16)")
     add(
         "--sides",
         type=integer(16, 1024),
@@ -103,7 +103,7 @@ def _add_schedule(parser: ArgumentParser) -> None:
         "128 192)",
     )
     add("--restorer-steps", type=steps, metavar="N", help="of each of the two restorers (400)")
-    add("--pretrain-steps", type=steps, metavar="N", help="of perceive-tiny's towers (9000)")
+    add("--pretrain-steps", type=steps, metavar="N", help="of perceive-tiny's towers (8000)")
     seed = integer(0, 2**31 - 1)
     add("--seed", type=seed, default=0, metavar="N", help="of all that is random (0)")
     every = integer(1, _LONGEST)

@@ -20,6 +20,7 @@ from perceive_adapter.data.degradations import (
     KINDS,
     mix,
 )
+from perceive_adapter.data.degradations.sensor import recode
 from perceive_adapter.data.images import read_image
 from perceive_adapter.errors import ConfigError, ImageError
 
@@ -29,6 +30,7 @@ __all__ = [
     "CropSampler",
     "Samples",
     "as_file",
+    "as_stored",
     "cut",
     "degrade_each",
     "draw_severities",
@@ -42,6 +44,7 @@ _OCTAVE: Final = 2**-0.5
 _SMALLEST_SIDE: Final = 160  # pixels, of a photograph that is shrunk to be another scene
 MARGIN: Final = 12  # pixels; half of the widest blur's kernel
 _PHASES: Final = 16  # pixels of a JPEG block whose colours are stored at half resolution
+_CODED: Final = 0.25  # share of the images that are stored as JPEG
 _FLAT: Final = 0.03  # standard deviation below which a crop shows next to nothing
 _NAMES_OF: Final = {
     kind: tuple(name for name in DEGRADATIONS if KIND_OF[name] == kind) for kind in KINDS
@@ -162,9 +165,11 @@ def draw_severities(
 ) -> list[dict[str, float]]:
     """Draw what is wrong with each of ``count`` images: degradations and their severities.
 
-    Of every eight images, one is left clean, five get one degradation, one gets two and one gets
-    three. Of every seven, each has its first degradation of another kind, and the degradations of
-    a kind are equally likely, so that in the long run every kind is as frequent as the others.
+    Of every nine images, one is left clean, six get one degradation, one gets two and one gets
+    three. Of every eight, each has its first degradation of another kind, and the degradations of
+    a kind are equally likely, so that in the long run every kind is as frequent as the others. A
+    second and third degradation is mild more often than not, as what comes on top of what ails a
+    photograph is.
 
     Args:
         count: of images.
@@ -178,7 +183,7 @@ def draw_severities(
     drawn = []
     offset = _integer(len(KINDS), generator)
     for index in range(count):
-        several = (0, 1, 1, 2, 1, 3, 1, 1)[index % 8]
+        several = (0, 1, 1, 2, 1, 1, 3, 1, 1)[index % 9]
         others = torch.randperm(len(KINDS), generator=generator).tolist()
         first = (index + offset) % len(KINDS)
         chosen = [first, *(other for other in others if other != first)][:several]
@@ -186,7 +191,8 @@ def draw_severities(
         for kind in chosen:
             names = _NAMES_OF[KINDS[kind]]
             name = names[_integer(len(names), generator)]
-            severities[name] = low + (high - low) * float(torch.rand((), generator=generator))
+            share = float(torch.rand((), generator=generator))
+            severities[name] = low + (high - low) * (share if kind == first else share**2)
         drawn.append(severities)
     return drawn
 
@@ -216,6 +222,24 @@ def degrade_each(
 def as_file(image: Tensor) -> Tensor:
     """Round an image in [0, 1] to the values that a file of 8 bits holds."""
     return image.clamp(0, 1).mul(255).round() / 255
+
+
+def as_stored(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Store an image as photographs are: one in four as a fine JPEG, the others without loss.
+
+    The JPEG's quality, 92 to 98, is above that of the degradation's least severity: what a
+    photograph went through on its way must not count as damage, nor hide other damage.
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        generator: source of which images are coded, and how.
+    """
+    stored = as_file(image)
+    rows = (torch.rand(len(image), generator=generator) < _CODED).nonzero().flatten().tolist()
+    if rows:
+        qualities = torch.randint(92, 99, (len(rows),), generator=generator).tolist()
+        stored[rows] = recode(stored[rows], qualities)
+    return stored
 
 
 def with_surroundings(side: int) -> int:

@@ -79,7 +79,7 @@ class Milder:
         ConfigError: ``share`` is no such share.
     """
 
-    share: float = 0.35
+    share: float = 0.4
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:

@@ -9,7 +9,7 @@ from perceive_adapter.errors import ConfigError, ImageError
 __all__ = ["even_views", "native_views"]
 
 
-def native_views(image: Tensor, size: int, limit: int) -> Tensor:
+def native_views(image: Tensor, size: int, limit: int, multiple: int = 1) -> Tensor:
     """Cut at most ``limit`` evenly spread crops of ``size`` pixels, without resampling.
 
     Noise, rain streaks and JPEG blocks do not survive downscaling, and a whole photograph does not
@@ -19,19 +19,22 @@ def native_views(image: Tensor, size: int, limit: int) -> Tensor:
     to cover the image.
 
     An image smaller than ``size`` in a dimension is not padded or enlarged: its crops keep that
-    dimension. An image that fits altogether is the single view, and is not copied.
+    dimension, rounded down to ``multiple`` where it is larger. An image that fits altogether is the
+    single view, and is not copied.
 
     Args:
         image: (B, C, H, W), any dtype and value range.
         size: largest height and width of a crop, in pixels.
         limit: largest number of crops.
+        multiple: to which the sides of a crop are rounded down, unless the image is smaller. A
+            network that strides over zero-padded maps sees another border at other sizes.
 
     Returns:
         (B, V, C, min(size, H), min(size, W)) of the image's dtype, V from 1 to ``limit``, in rows
-        from the top left. Differentiable.
+        from the top left; the sides rounded down to ``multiple``. Differentiable.
 
     Raises:
-        ConfigError: ``size`` or ``limit`` is less than 1.
+        ConfigError: ``size``, ``limit`` or ``multiple`` is less than 1.
         ImageError: the image does not have four dimensions, or has no pixels.
 
     Example:
@@ -43,40 +46,25 @@ def native_views(image: Tensor, size: int, limit: int) -> Tensor:
         >>> native_views(torch.rand(1, 3, 64, 48), size=256, limit=16).shape
         torch.Size([1, 1, 3, 64, 48])
     """
-    if size < 1 or limit < 1:
-        raise ConfigError(
-            f"native_views got size={size} and limit={limit}: both must be at least 1. "
-            "Give the crop's side in pixels and the largest number of crops."
-        )
-    if image.ndim != 4 or image.shape[-2] < 1 or image.shape[-1] < 1:
-        raise ImageError(
-            f"native_views got an image of shape {tuple(image.shape)}: expected (B, C, H, W) with "
-            "at least one pixel. Add a batch dimension with image[None] if it is missing."
-        )
+    _check(image, size, limit, multiple)
     height, width = image.shape[-2:]
-    if height <= size and width <= size:
-        return image.unsqueeze(1)
-    crop_height, crop_width = min(size, height), min(size, width)
-    rows, columns = _grid(height / crop_height, width / crop_width, limit)
-    crops = [
-        image[..., top : top + crop_height, left : left + crop_width]
-        for top in _offsets(height - crop_height, rows)
-        for left in _offsets(width - crop_width, columns)
-    ]
-    return stack(crops, dim=1)
+    rows, columns = _grid(height / min(size, height), width / min(size, width), limit)
+    sides = _rounded(min(size, height), multiple), _rounded(min(size, width), multiple)
+    return _cut(image, sides, (rows, columns))
 
 
-def even_views(image: Tensor, largest: int, limit: int) -> Tensor:
+def even_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Tensor:
     """Cut an image into equal tiles that do not overlap, none longer than ``largest`` pixels.
 
     Where that would take more than ``limit`` tiles, spread crops of at most ``largest`` pixels
-    evenly, as :func:`native_views` does. Of sides that do not divide evenly, a few last pixels are
-    left out.
+    evenly, as :func:`native_views` does. Pixels between tiles are left out where the sides do not
+    divide evenly into multiples.
 
     Args:
         image: (B, C, H, W).
         largest: longest side of a tile in pixels, at least 1.
         limit: largest number of tiles, at least 1.
+        multiple: as for :func:`native_views`.
 
     Returns:
         (B, N, C, h, w), N from 1 to ``limit``, in rows from the top left. Differentiable.
@@ -89,17 +77,49 @@ def even_views(image: Tensor, largest: int, limit: int) -> Tensor:
         >>> from torch import rand
         >>> even_views(rand(1, 3, 300, 481), largest=256, limit=16).shape
         torch.Size([1, 4, 3, 150, 240])
+        >>> even_views(rand(1, 3, 300, 481), largest=256, limit=16, multiple=16).shape
+        torch.Size([1, 4, 3, 144, 240])
     """
+    _check(image, largest, limit, multiple)
     height, width = image.shape[-2:]
-    if largest < 1 or image.ndim != 4 or 0 in (height, width):
-        return native_views(image, largest, limit)  # which says what is wrong
     rows, columns = -(-height // largest), -(-width // largest)
     if rows * columns > limit:
-        return native_views(image, largest, limit)
-    tile_height, tile_width = height // rows, width // columns
-    cut = image[..., : rows * tile_height, : columns * tile_width]
-    tiles = cut.reshape(*image.shape[:2], rows, tile_height, columns, tile_width)
-    return tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        return native_views(image, largest, limit, multiple)
+    sides = _rounded(height // rows, multiple), _rounded(width // columns, multiple)
+    return _cut(image, sides, (rows, columns))
+
+
+def _check(image: Tensor, size: int, limit: int, multiple: int) -> None:
+    if size < 1 or limit < 1 or multiple < 1:
+        raise ConfigError(
+            f"got size={size}, limit={limit} and multiple={multiple} for the views of an image: "
+            "expected at least 1 of each. Give the crop's side in pixels and the largest number of "
+            "crops."
+        )
+    if image.ndim != 4 or image.shape[-2] < 1 or image.shape[-1] < 1:
+        raise ImageError(
+            f"got an image of shape {tuple(image.shape)} to cut views out of: expected "
+            "(B, C, H, W) with at least one pixel. Add a batch dimension with image[None] if it is "
+            "missing."
+        )
+
+
+def _rounded(side: int, multiple: int) -> int:
+    """``side`` rounded down to the multiple; a side that is shorter than one is kept."""
+    return side // multiple * multiple or side
+
+
+def _cut(image: Tensor, sides: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Cut out evenly spread crops; the image itself where there is one that is as large."""
+    height, width = image.shape[-2:]
+    if (height, width) == sides:
+        return image.unsqueeze(1)
+    crops = [
+        image[..., top : top + sides[0], left : left + sides[1]]
+        for top in _offsets(height - sides[0], grid[0])
+        for left in _offsets(width - sides[1], grid[1])
+    ]
+    return stack(crops, dim=1)
 
 
 def _grid(height: float, width: float, limit: int) -> tuple[int, int]:

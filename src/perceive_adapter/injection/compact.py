@@ -56,7 +56,7 @@ class CompactFeatures(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return one unit vector (B, dim) for each image (B, C, H, W)."""
         like = next(self.parameters())
-        views = native_views(image.to(like.dtype), VIEW_SIZE, VIEW_LIMIT)
+        views = native_views(image.to(like.dtype), VIEW_SIZE, VIEW_LIMIT, 2 ** len(self.stages))
         batch, count = views.shape[:2]
         features = views.flatten(0, 1)
         statistics = _statistics(features, batch, count)

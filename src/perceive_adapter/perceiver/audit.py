@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILY_OF
 from perceive_adapter.data.samples import MARGIN, as_file, with_surroundings
-from perceive_adapter.data.triplets import Blend, Medium, Scene
+from perceive_adapter.data.triplets import Medium, Milder, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.perceived import Perceived
 from perceive_adapter.perceiver.quality import QualityPerceiver
@@ -108,7 +108,7 @@ def audit(
         perceiver: with three tiers, from worst to best.
         photos: (3, H, W) uint8 each, any size.
         medium: what makes the half-restored images, from images on the CPU; None for
-            :class:`~perceive_adapter.data.triplets.Blend`.
+            :class:`~perceive_adapter.data.triplets.Milder`, whose severities no low tier reaches.
         degradations: which to measure, keys of ``perceive_adapter.data.DEGRADATIONS``.
         patch: side of the square that the perceiver sees of each photograph, cut out after the
             damage was done, so that nothing of the photograph's border shows; None for all of it.
@@ -120,7 +120,7 @@ def audit(
             degradations, or there is no photograph or no degradation.
     """
     _check_audit(perceiver, photos, degradations, patch)
-    medium = medium or Blend()
+    medium = medium or Milder()
     device = perceiver.prompts.context.device
     findings = {name: Findings() for name in degradations}
     for index, photo in enumerate(photos):

@@ -36,8 +36,9 @@ class QualityPerceiver(nn.Module):
     An image is perceived through at most ``config.views`` square crops at native resolution
     (:func:`~perceive_adapter.data.views.native_views`), of the size that the image tower takes:
     noise is not averaged away, and memory does not grow with the image. Their unit embeddings are
-    averaged. Only what is smaller than the tower's input is enlarged; ``perceive-tiny`` takes any
-    size as it is.
+    averaged. Only what is smaller than the tower's input is enlarged. ``perceive-tiny`` enlarges
+    nothing: an image is cut into tiles (:func:`~perceive_adapter.data.views.even_views`) whose
+    sides are multiples of its stride.
 
     Text features are computed once while the context is frozen (``requires_grad_(False)``, as
     :meth:`from_pretrained` leaves it), and at every call while it trains.
@@ -354,12 +355,14 @@ class QualityPerceiver(nn.Module):
         """
         check_image(image)
         if self.towers.takes_any_size:
-            views = even_views(image, min(self.towers.image_size), self.config.views)
+            largest, stride = min(self.towers.image_size), self.towers.stride
+            views = even_views(image, largest, self.config.views, stride)
         else:
             # Square crops, so that an image narrower than the tower's input is not distorted.
             size = min(*self.towers.image_size, *image.shape[-2:])
             views = native_views(image, size, self.config.views)
-        embeddings = self.towers.encode_image(views.flatten(0, 1))
+        # Contiguous, since the same pixels must give the same bits whatever their strides are.
+        embeddings = self.towers.encode_image(views.flatten(0, 1).contiguous())
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return F.normalize(embeddings.reshape(*views.shape[:2], -1).mean(dim=1), dim=1)
 

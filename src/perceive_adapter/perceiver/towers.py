@@ -110,7 +110,12 @@ class ClipTowers(nn.Module):
     @property
     def takes_any_size(self) -> bool:
         """Whether the image tower takes images of any size as they are."""
-        return bool(getattr(getattr(self.visual, "trunk", None), "takes_any_size", False))
+        return self.stride > 0
+
+    @property
+    def stride(self) -> int:
+        """Pixels of which the sides of images of any size should be multiples, 0 for one size."""
+        return int(getattr(getattr(self.visual, "trunk", None), "any_multiple_of", 0))
 
     @property
     def embedding_dim(self) -> int:

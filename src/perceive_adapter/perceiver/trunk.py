@@ -27,8 +27,10 @@ class StatisticsTrunk(nn.Module):
 
     What ails an image shows at different depths: a colour cast in the pixels, noise and JPEG's
     grid in the first stage, streaks and veils in the later ones. There are as many statistics
-    whatever the image's size, so images of any size from 1 x 1 on are taken as they are. Black and
-    white level of the 4 x 4 averaged image, where haze and darkness show, are read too.
+    whatever the image's size, so images of any size from 1 x 1 on are taken as they are; those
+    whose sides are multiples of ``any_multiple_of`` are read alike at their borders, and training
+    takes no others. Black and white level of the 4 x 4 averaged image, where haze and darkness
+    show, are read too.
 
     It has timm's interface: ``forward_features`` gives the last feature map, ``num_features`` is
     the width of what ``forward`` gives, and open_clip builds it by the name that
@@ -50,7 +52,7 @@ class StatisticsTrunk(nn.Module):
         "std": (0.26862954, 0.26130258, 0.27577711),
     }
     pretrained_cfg: ClassVar[dict[str, Any]] = default_cfg
-    takes_any_size: ClassVar[bool] = True
+    any_multiple_of: ClassVar[int] = 16
 
     def __init__(
         self, widths: Sequence[int] = WIDTHS, features: int = FEATURES, *, normalised: bool = False
@@ -166,5 +168,8 @@ def _fuse(stage: nn.Module) -> nn.Sequential:
 def _statistics(maps: Tensor) -> list[Tensor]:
     """Mean and standard deviation (B, C), in single precision or better."""
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    variance, mean = torch.var_mean(maps, dim=(2, 3), correction=0)
+    # Sums over the pixels of (B, H W, C) are several times as fast as var_mean on a CPU.
+    pixels = maps.permute(0, 2, 3, 1).flatten(1, 2)
+    mean = pixels.mean(dim=1)
+    variance = (pixels.square().mean(dim=1) - mean.square()).clamp_min(0)
     return [mean, (variance + 1e-6).sqrt()]

@@ -17,6 +17,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "rain": ("rain", "rain streaks"),
     "low_light": ("darkness", "low light", "underexposure"),
     "blur": ("blur",),
+    "motion_blur": ("motion blur",),
     "downsampling": ("pixelation", "low resolution"),
     "noise": ("noise", "grain"),
     "jpeg": ("jpeg artifacts", "compression"),

@@ -17,7 +17,7 @@ from perceive_adapter.data import FAMILIES, FAMILY_OF, KIND_OF, KINDS
 from perceive_adapter.data.samples import (
     CropSampler,
     Samples,
-    as_file,
+    as_stored,
     cut,
     degrade_each,
     draw_severities,
@@ -53,7 +53,7 @@ ARCHITECTURE: Final[Mapping[str, Any]] = {
 """Keyword arguments of the open_clip model that perceive-tiny is."""
 
 SCHEDULE: Final = Schedule(
-    steps=9_000, learning_rate=2e-3, final_learning_rate=1e-5, warmup=300, weight_decay=0.02
+    steps=8_000, learning_rate=2e-3, final_learning_rate=1e-5, warmup=300, weight_decay=0.02
 )
 _SIZES: Final = ((64, 128), (96, 64), (128, 40), (64, 128), (192, 20))
 _CAPTIONS: Final = 48  # of a batch; writing and reading one costs more than an image
@@ -136,12 +136,12 @@ def draw_samples(
     """Draw a batch for the towers: damaged crops, some half restored, as files would hold them."""
     photos = sampler.draw(count, with_surroundings(side), generator)
     samples = degrade_each(photos, draw_severities(count, generator), generator)
-    clean, damaged = cut((photos, samples.degraded), side, generator)
     # A blend with the clean image stands for what a half-trained restorer leaves.
     remains = 0.2 + 0.5 * torch.rand(count, generator=generator)
     remains = torch.where(torch.rand(count, generator=generator) < 0.15, remains, 1.0)
-    degraded = clean + remains.view(-1, 1, 1, 1) * (damaged - clean)
-    return Samples(clean, as_file(degraded), samples.severity * remains[:, None])
+    damaged = photos + remains.view(-1, 1, 1, 1) * (samples.degraded - photos)
+    clean, degraded = cut((photos, as_stored(damaged, generator)), side, generator)
+    return Samples(clean, degraded, samples.severity * remains[:, None])
 
 
 def pretrain(

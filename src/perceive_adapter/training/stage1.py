@@ -14,7 +14,7 @@ from torch import Tensor
 from perceive_adapter.data import FAMILIES
 from perceive_adapter.data.samples import (
     CropSampler,
-    as_file,
+    as_stored,
     cut,
     degrade_each,
     draw_severities,
@@ -27,6 +27,7 @@ from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
 
 __all__ = ["PAPER", "TINY", "Stage1", "train_perceiver"]
 
+_LOWEST: Final = 0.64  # severity from which an image is of the lowest tier and no other
 _PAPER_SCHEDULE: Final = Schedule(steps=100_000, learning_rate=4e-5, final_learning_rate=1e-6)
 
 
@@ -36,23 +37,29 @@ class Stage1:
 
     Args:
         schedule: steps and learning rates.
-        scenes: scenes in a batch, every tier of which is an image; a multiple of 7 gives each
+        scenes: scenes in a batch, every tier of which is an image; a multiple of 8 gives each
             kind of degradation an equal quota.
         sides: of the crops in pixels, taken in turn.
         low: least severity of a low-tier image.
+        graded: weight of a second cross entropy, over images of every severity, whose right answer
+            lies between two tiers (:func:`tier_shares`). Triplets alone leave open what happens
+            between the tiers, and the score jumps there. The paper has none.
         seed: of everything random.
     """
 
     schedule: Schedule = _PAPER_SCHEDULE
-    scenes: int = 14
+    scenes: int = 16
     sides: tuple[int, ...] = (224,)
     low: float = 0.5
+    graded: float = 0.0
     seed: int = 0
 
 
 PAPER: Final = Stage1()
 TINY: Final = Stage1(
-    Schedule(steps=1_000, learning_rate=1e-2, final_learning_rate=1e-4), sides=(64, 96, 128, 192)
+    Schedule(steps=1_000, learning_rate=1e-2, final_learning_rate=1e-4),
+    sides=(64, 96, 128, 192),
+    graded=1.0,
 )
 """The recipe for ``perceive-tiny``."""
 
@@ -94,33 +101,45 @@ def train_perceiver(
     if perceiver.heads is not None:
         modules["heads"] = perceiver.heads.requires_grad_(True)
     device = perceiver.prompts.context.device
+    graded = perceiver.heads is not None or recipe.graded > 0
 
-    def draw(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(step: int) -> list[Tensor]:
         generator = seeded(recipe.seed, step, stream=2)
         side = recipe.sides[step % len(recipe.sides)]
         scenes = draw_scenes(folds, with_surroundings(side), recipe, generator)
-        images, tiers = draw_tiers(scenes, mediums, side, generator)
-        if perceiver.heads is None:
-            return images, tiers, images[:0], images.new_zeros(0)
-        return images, tiers, *draw_damaged(folds, recipe.scenes, side, generator)
+        batch = [*draw_tiers(scenes, mediums, side, generator)]
+        return batch + [*draw_damaged(folds, recipe.scenes, side, generator)] * graded
 
     with Ahead(draw, recipe.schedule.steps) as ahead:
 
         def loss_at(step: int) -> Tensor:
-            images, tiers, damaged, severity = (part.to(device) for part in ahead(step))
-            with torch.no_grad():
-                embedding = perceiver.embed(images)
-            loss = F.cross_entropy(perceiver.tier_logits(embedding), tiers)
-            if perceiver.heads is None:
-                return loss
-            with torch.no_grad():
-                embedding = perceiver.embed(damaged)
-            return loss + perceiver.heads.loss(embedding, severity)
+            images, tiers, *damaged = (part.to(device) for part in ahead(step))
+            loss = F.cross_entropy(perceiver.tier_logits(_embed(perceiver, images)), tiers)
+            return loss + _loss_by_severity(perceiver, recipe, *damaged) if damaged else loss
 
         schedule = recipe.schedule
         train(modules, loss_at, schedule, checkpoint=checkpoint, every=every, title="stage 1")
     for module in modules.values():
         module.requires_grad_(False)
+
+
+def _loss_by_severity(
+    perceiver: QualityPerceiver, recipe: Stage1, damaged: Tensor, severity: Tensor
+) -> Tensor:
+    """What the heads tell of damaged images, and which tiers they lie between."""
+    embedding = _embed(perceiver, damaged)
+    loss = embedding.new_zeros(())
+    if recipe.graded:
+        shares = tier_shares(severity.amax(dim=1), len(perceiver.tiers))
+        loss = recipe.graded * F.cross_entropy(perceiver.tier_logits(embedding), shares)
+    if perceiver.heads is not None:
+        loss = loss + perceiver.heads.loss(embedding, severity)
+    return loss
+
+
+@torch.no_grad()
+def _embed(perceiver: QualityPerceiver, images: Tensor) -> Tensor:
+    return perceiver.embed(images)
 
 
 def _check(
@@ -139,6 +158,22 @@ def _check(
             f"the perceiver's heads tell {perceiver.degradations}, and training makes {FAMILIES}. "
             "Create it with degradations=perceive_adapter.data.FAMILIES, or with none."
         )
+
+
+def tier_shares(severity: Tensor, tiers: int) -> Tensor:
+    """Return how much of each of ``tiers`` tiers images of a severity (B,) are, (B, tiers).
+
+    Undamaged ones are all of the highest, those of 0.64 and more all of the lowest; between, the
+    tier falls evenly, and an image between two tiers is part of one and part of the other.
+
+    Example:
+        >>> tier_shares(torch.tensor([0.0, 0.16, 0.4]), 3)
+        tensor([[0.0000, 0.0000, 1.0000],
+                [0.0000, 0.5000, 0.5000],
+                [0.2500, 0.7500, 0.0000]])
+    """
+    place = (1 - severity / _LOWEST).clamp(min=0) * (tiers - 1)
+    return (1 - (place[:, None] - torch.arange(tiers).to(place)).abs()).clamp(min=0)
 
 
 def draw_scenes(
@@ -165,8 +200,8 @@ def draw_damaged(
     whole = with_surroundings(side)
     photos = torch.cat([fold.draw(count, whole, generator) for fold in folds])
     samples = degrade_each(photos, draw_severities(len(photos), generator), generator)
-    (degraded,) = cut((samples.degraded,), side, generator)
-    return as_file(degraded), samples.family_severity
+    (degraded,) = cut((as_stored(samples.degraded, generator),), side, generator)
+    return degraded, samples.family_severity
 
 
 def draw_tiers(
@@ -179,5 +214,5 @@ def draw_tiers(
         pairs = zip(scenes, degraded, strict=True)
         tiers.append(torch.cat([medium(scene, image) for scene, image in pairs]))
     tiers.append(torch.cat([scene.clean for scene in scenes]))
-    crops = cut(tiers, side, generator)
-    return as_file(torch.cat(crops)), torch.arange(len(tiers)).repeat_interleave(len(scenes))
+    crops = cut([as_stored(tier, generator) for tier in tiers], side, generator)
+    return torch.cat(crops), torch.arange(len(tiers)).repeat_interleave(len(scenes))

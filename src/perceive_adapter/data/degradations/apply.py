@@ -48,7 +48,7 @@ KIND_OF: Final[Mapping[str, str]] = MappingProxyType(
         "low_light": "low_light",
         "gaussian_blur": "blur",
         "defocus_blur": "blur",
-        "motion_blur": "blur",
+        "motion_blur": "motion_blur",
         "downsampling": "downsampling",
         "gaussian_noise": "noise",
         "poisson_noise": "noise",
@@ -60,11 +60,13 @@ KIND_OF: Final[Mapping[str, str]] = MappingProxyType(
 
 KINDS: Final[tuple[str, ...]] = tuple(dict.fromkeys(KIND_OF.values()))
 
-FAMILY_OF: Final[Mapping[str, str]] = MappingProxyType({**KIND_OF, "downsampling": "blur"})
-"""What a perceiver calls each degradation: as KIND_OF, except that lost resolution is blur.
+FAMILY_OF: Final[Mapping[str, str]] = MappingProxyType(
+    {**KIND_OF, "motion_blur": "blur", "downsampling": "blur"}
+)
+"""What a perceiver calls each degradation: as KIND_OF, except that every loss of detail is blur.
 
-An image that was reduced and enlarged has lost its fine detail, as a blurred one has. How it lost
-it shows too little to be told with certainty, and does not matter to what must be restored.
+An image that was reduced and enlarged, or taken by a moving camera, has lost its fine detail, as
+one out of focus has. How it lost it shows too little to be told with certainty.
 """
 
 FAMILIES: Final[tuple[str, ...]] = tuple(dict.fromkeys(FAMILY_OF.values()))

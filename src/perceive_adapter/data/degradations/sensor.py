@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from .draws import normal, uniform
 from .optics import convolve
 
-__all__ = ["correlated_noise", "gaussian_noise", "jpeg", "low_light", "poisson_noise"]
+__all__ = ["correlated_noise", "gaussian_noise", "jpeg", "low_light", "poisson_noise", "recode"]
 
 _MID_GRAY = 0.45
 
@@ -62,7 +63,11 @@ def jpeg(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> 
 
     Encoded by Pillow on the CPU; there is nothing random in it.
     """
-    qualities = (90 * (6 / 90) ** severity).flatten().round().int().tolist()
+    return recode(image, (90 * (6 / 90) ** severity).flatten().round().int().tolist())
+
+
+def recode(image: Tensor, qualities: Sequence[int]) -> Tensor:
+    """Write each image of a batch (B, 3, H, W) as JPEG of libjpeg's quality, and read it again."""
     pixels = image.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     coded = [_recode(one, quality) for one, quality in zip(pixels, qualities, strict=True)]
     return torch.from_numpy(np.stack(coded)).permute(0, 3, 1, 2).to(image) / 255

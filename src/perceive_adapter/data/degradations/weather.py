@@ -42,7 +42,7 @@ def haze(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> 
     depth = _depth_map(image, generator)
     transmission = torch.exp(-(0.05 + 2.45 * severity) * depth)
     batch = len(image)
-    brightness = 0.75 + 0.22 * uniform((batch, 1, 1, 1), image, generator)
+    brightness = 0.65 + 0.33 * uniform((batch, 1, 1, 1), image, generator)
     tint = 0.04 * (uniform((batch, 3, 1, 1), image, generator) - 0.5)
     return image * transmission + (brightness + tint) * (1 - transmission)
 
@@ -61,10 +61,11 @@ def _streak(severity: Tensor, slant: Tensor, coarse: Tensor) -> Tensor:
 
 
 def _depth_map(image: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Smooth distances (B, 1, H, W) in [0, 1]: hills of two sizes on ground that recedes upwards.
+    """Distances (B, 1, H, W) in [0, 1]: hills of two sizes on ground that recedes upwards.
 
-    The nearest and the farthest distance differ from sample to sample, so that a crop may be
-    as evenly hazy as a crop of a large photograph is.
+    Things stand at distances of their own, so parts of one colour are moved forwards or backwards
+    together. The nearest and the farthest distance differ from sample to sample, so that a crop may
+    be as evenly hazy as a crop of a large photograph is, and that what is near may have no haze.
     """
     batch, _, height, width = image.shape
     hills = sum(
@@ -79,9 +80,19 @@ def _depth_map(image: Tensor, generator: torch.Generator | None) -> Tensor:
     )
     recede = torch.linspace(1, 0, height, device=image.device, dtype=image.dtype).view(-1, 1)
     share = uniform((batch, 1, 1, 1), image, generator)
-    relief = hills + share * recede
+    relief = hills + share * recede + _things(image, generator)
     low, high = relief.amin((2, 3), keepdim=True), relief.amax((2, 3), keepdim=True)
     relief = (relief - low) / (high - low).clamp_min(1e-3)
-    near = 0.2 + 0.4 * uniform((batch, 1, 1, 1), image, generator)
+    near = 0.05 + 0.55 * uniform((batch, 1, 1, 1), image, generator)
     span = (1 - near) * (0.5 + 0.5 * uniform((batch, 1, 1, 1), image, generator))
     return near + span * relief
+
+
+def _things(image: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Distances (B, 1, H, W) that follow the colours of the coarse image, by up to 0.5."""
+    batch, _, height, width = image.shape
+    coarse = F.avg_pool2d(image, 4, ceil_mode=True)
+    weights = 2 * uniform((batch, 3, 1, 1), image, generator) - 1
+    distance = (coarse * weights).sum(dim=1, keepdim=True)
+    amount = 0.5 * uniform((batch, 1, 1, 1), image, generator)
+    return amount * F.interpolate(distance, size=(height, width), mode="bilinear")
