@@ -54,7 +54,8 @@ def main() -> None:
         "milder": Milder(),
     }
     towers = QualityPerceiver.from_pretrained("perceive-tiny")
-    recipe = replace(TINY, schedule=replace(TINY.schedule, steps=arguments.steps))
+    # Without graded images, which are the same for every source and order the tiers by themselves.
+    recipe = replace(TINY, graded=0.0, schedule=replace(TINY.schedule, steps=arguments.steps))
     lines = [
         describe(),
         f"{arguments.steps} steps, {len(photos)} photographs; audit on {len(held_out)} others.",

@@ -71,6 +71,18 @@ def test_gradient_counts_the_views_of_a_pixel() -> None:
     assert image.grad[0, 0, :, 0].tolist() == [1.0] * 16 + [2.0] * 16 + [1.0] * 16
 
 
+def nearest_multiple_of_8(side: int) -> int:
+    """Of the side of tiles that are at most 32 long."""
+    return min(32, side // -(-side // 32) + 4)
+
+
+def test_hardly_a_pixel_is_left_out_between_many_tiles() -> None:
+    for side in range(33, 200):
+        tiles = even_views(positions(side, side), 32, 100, 8)
+        seen = {(y, x) for view in tiles[0] for y, x in view.flatten(1).int().T.tolist()}
+        assert len(seen) > 0.5 * side**2 if side < 64 else len(seen) > 0.7 * side**2
+
+
 @pytest.mark.parametrize("views", [native_views, even_views])
 @pytest.mark.parametrize("limit", [1, 2, 16])
 def test_sides_are_multiples_unless_the_image_is_smaller(
@@ -80,8 +92,10 @@ def test_sides_are_multiples_unless_the_image_is_smaller(
         image = positions(height, width)
         tiles = views(image, 32, limit, 8)
         for axis, side in enumerate((height, width)):
-            assert tiles.shape[3 + axis] == side if side < 8 else tiles.shape[3 + axis] % 8 == 0
-            # What is left out is left out at both ends, so that a flipped image has the same tiles.
+            many = views is even_views and tiles.shape[1] == -(-height // 32) * -(-width // 32)
+            expected = nearest_multiple_of_8(side) if many and side > 32 else min(side, 32)
+            assert tiles.shape[3 + axis] == (side if side < 8 else expected // 8 * 8)
+            # As much is left out at one end as at the other, but for a pixel.
             first, last = tiles[0, :, axis].min(), tiles[0, :, axis].max()
             assert abs(first - (side - 1 - last)) <= 1
 
@@ -117,28 +131,34 @@ def test_even_tiles_take_turns_batch_wise_and_pass_gradients() -> None:
 
 
 class Mean(torch.nn.Module):
-    def __init__(self, views: Callable[[torch.Tensor, int, int], torch.Tensor]) -> None:
+    def __init__(self, views: Callable[..., torch.Tensor], multiple: int) -> None:
         super().__init__()
-        self.views = views
+        self.views, self.multiple = views, multiple
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.views(image, 32, 4).mean((1, 2))
+        return self.views(image, 32, 4, self.multiple).mean((1, 2))
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("views", [native_views, even_views])
-def test_compiles_in_one_graph_for_any_size(views: Callable[..., torch.Tensor]) -> None:
+def test_compiles_in_one_graph_for_any_size(
+    views: Callable[..., torch.Tensor], multiple: int
+) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(Mean(views), backend="eager", fullgraph=True)
-    for size in [(20, 30), (70, 40), (90, 40), (200, 100)]:
+    module = Mean(views, multiple)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for size in [(20, 30), (70, 41), (90, 40), (5, 30), (200, 100)]:
         image = torch.rand(2, 3, *size)
-        assert torch.equal(compiled(image), Mean(views)(image))
+        assert torch.equal(compiled(image), module(image))
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("views", [native_views, even_views])
-def test_exports(views: Callable[..., torch.Tensor]) -> None:
-    image = torch.rand(1, 3, 60, 40)
-    exported = torch.export.export(Mean(views), (image,))
-    assert torch.equal(exported.module()(image), Mean(views)(image))
+def test_exports(views: Callable[..., torch.Tensor], multiple: int) -> None:
+    image = torch.rand(1, 3, 60, 41)
+    module = Mean(views, multiple)
+    exported = torch.export.export(module, (image,))
+    assert torch.equal(exported.module()(image), module(image))
 
 
 @pytest.mark.parametrize("views", [native_views, even_views])

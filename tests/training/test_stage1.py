@@ -17,7 +17,13 @@ from perceive_adapter.data.triplets import Blend, Milder
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver import QualityPerceiver
 from perceive_adapter.training.loop import Schedule, seeded
-from perceive_adapter.training.stage1 import PAPER, Stage1, draw_scenes, train_perceiver
+from perceive_adapter.training.stage1 import (
+    PAPER,
+    Stage1,
+    draw_scenes,
+    tier_shares,
+    train_perceiver,
+)
 
 
 def recipe(steps: int, rate: float = 1e-2, side: int = 32) -> Stage1:
@@ -165,3 +171,20 @@ def test_graded_images_make_the_score_fall_evenly() -> None:
         assert scores[-1].mean() < 0.2
         steepest.append(float(-scores.diff(dim=0).min(dim=0).values.mean()))
     assert steepest[1] < 0.9 * steepest[0]
+
+
+@pytest.mark.parametrize("tiers", [2, 3, 5])
+def test_tier_shares_fall_evenly_from_the_highest_to_the_lowest(tiers: int) -> None:
+    severity = torch.linspace(0, 1, 101)
+    shares = tier_shares(severity, tiers)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(101))
+    assert shares.min() >= 0
+    assert shares[0].tolist() == [0.0] * (tiers - 1) + [1.0]
+    assert torch.equal(shares[64:], torch.eye(tiers)[0].expand(37, -1))
+    score = shares @ torch.linspace(0, 1, tiers)
+    torch.testing.assert_close(score, (1 - severity / 0.64).clamp(min=0))
+
+
+def test_a_negative_weight_is_refused() -> None:
+    with pytest.raises(ConfigError, match="graded=-1"):
+        Stage1(graded=-1)

@@ -60,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="restored",
         help="what the medium tier is: outputs of two half-trained restorers, each on photographs "
         "that it never saw (default, the paper's), blends with the clean image, milder damage, or "
-        "all three in turn",
+        "one of the three for each scene",
     )
     add("--note", metavar="TEXT", help="what the photographs are, for the model card")
     add("--words", nargs=3, metavar=("LOW", "MEDIUM", "HIGH"), help="words the prompts start from")

@@ -38,7 +38,8 @@ def facts_of(arguments: Namespace, plan: Plan, split: Split) -> dict[str, float 
         "photographs audited": len(split.audit),
         "medium images": arguments.medium,
         "stage 1": f"{_told(plan.stage1.schedule)}, {plan.stage1.scenes} scenes a step, crops of "
-        f"{', '.join(map(str, plan.stage1.sides))} px",
+        f"{', '.join(map(str, plan.stage1.sides))} px"
+        + (f", graded images at weight {plan.stage1.graded:g}" if plan.stage1.graded else ""),
         "seed": arguments.seed,
         "versions": f"perceive_adapter {__version__}, torch {torch.__version__}",
     }

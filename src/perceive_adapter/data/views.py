@@ -19,8 +19,8 @@ def native_views(image: Tensor, size: int, limit: int, multiple: int = 1) -> Ten
     to cover the image.
 
     An image smaller than ``size`` in a dimension is not padded or enlarged: its crops keep that
-    dimension, rounded down to ``multiple`` where it is larger. An image that fits altogether is the
-    single view, and is not copied.
+    dimension, rounded down to ``multiple`` where it is larger; what is left over at both ends is
+    not seen. An image that fits altogether is the single view, and is not copied.
 
     Args:
         image: (B, C, H, W), any dtype and value range.
@@ -54,11 +54,11 @@ def native_views(image: Tensor, size: int, limit: int, multiple: int = 1) -> Ten
 
 
 def even_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Tensor:
-    """Cut an image into equal tiles that do not overlap, none longer than ``largest`` pixels.
+    """Cut an image into equal tiles side by side, none longer than ``largest`` pixels.
 
     Where that would take more than ``limit`` tiles, spread crops of at most ``largest`` pixels
-    evenly, as :func:`native_views` does. Pixels between tiles are left out where the sides do not
-    divide evenly into multiples.
+    evenly, as :func:`native_views` does. A tile's side is rounded to ``multiple``, that of a single
+    one down, and the tiles are spread evenly, so that a few pixels may be seen twice or not at all.
 
     Args:
         image: (B, C, H, W).
@@ -85,8 +85,8 @@ def even_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Te
     rows, columns = -(-height // largest), -(-width // largest)
     if rows * columns > limit:
         return native_views(image, largest, limit, multiple)
-    sides = _rounded(height // rows, multiple), _rounded(width // columns, multiple)
-    return _cut(image, sides, (rows, columns))
+    tile = _tile(height, rows, largest, multiple), _tile(width, columns, largest, multiple)
+    return _cut(image, tile, (rows, columns))
 
 
 def _check(image: Tensor, size: int, limit: int, multiple: int) -> None:
@@ -102,6 +102,12 @@ def _check(image: Tensor, size: int, limit: int, multiple: int) -> None:
             "(B, C, H, W) with at least one pixel. Add a batch dimension with image[None] if it is "
             "missing."
         )
+
+
+def _tile(length: int, count: int, largest: int, multiple: int) -> int:
+    """Side of ``count`` tiles along a length: the nearest multiple, one that fits at any rate."""
+    side = length // count
+    return _rounded(side if count == 1 else min(side + multiple // 2, largest), multiple)
 
 
 def _rounded(side: int, multiple: int) -> int:

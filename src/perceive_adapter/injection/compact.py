@@ -21,7 +21,8 @@ class CompactFeatures(nn.Module):
     colour cast and contrast show at the image, noise at the first stages, streaks and veils at
     the later ones. Statistics do not depend on the image's size. A large image is read in at most
     16 views of 256 px at native resolution, spread evenly, which bounds memory and keeps noise
-    what it is.
+    what it is; of a smaller one, the middle is read whose sides the stride divides, since other
+    sizes look another way at their borders.
 
     Source: Perceive-IR, IEEE TIP 2025, compact feature extraction, https://arxiv.org/abs/2408.15994;
     pooling at every stage is ours.

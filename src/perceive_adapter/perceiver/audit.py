@@ -108,7 +108,8 @@ def audit(
         perceiver: with three tiers, from worst to best.
         photos: (3, H, W) uint8 each, any size.
         medium: what makes the half-restored images, from images on the CPU; None for
-            :class:`~perceive_adapter.data.triplets.Milder`, whose severities no low tier reaches.
+            :class:`~perceive_adapter.data.triplets.Milder`, which is never as severe as a low tier.
+            A blend of the severest damage may be.
         degradations: which to measure, keys of ``perceive_adapter.data.DEGRADATIONS``.
         patch: side of the square that the perceiver sees of each photograph, cut out after the
             damage was done, so that nothing of the photograph's border shows; None for all of it.

@@ -355,8 +355,8 @@ class QualityPerceiver(nn.Module):
         """
         check_image(image)
         if self.towers.takes_any_size:
-            largest, stride = min(self.towers.image_size), self.towers.stride
-            views = even_views(image, largest, self.config.views, stride)
+            largest, multiple = min(self.towers.image_size), self.towers.side_multiple
+            views = even_views(image, largest, self.config.views, multiple)
         else:
             # Square crops, so that an image narrower than the tower's input is not distorted.
             size = min(*self.towers.image_size, *image.shape[-2:])

@@ -110,12 +110,12 @@ class ClipTowers(nn.Module):
     @property
     def takes_any_size(self) -> bool:
         """Whether the image tower takes images of any size as they are."""
-        return self.stride > 0
+        return self.side_multiple > 0
 
     @property
-    def stride(self) -> int:
-        """Pixels of which the sides of images of any size should be multiples, 0 for one size."""
-        return int(getattr(getattr(self.visual, "trunk", None), "any_multiple_of", 0))
+    def side_multiple(self) -> int:
+        """Of which sides should be multiples where any size is taken, else 0."""
+        return int(getattr(getattr(self.visual, "trunk", None), "side_multiple", 0))
 
     @property
     def embedding_dim(self) -> int:

@@ -28,7 +28,7 @@ class StatisticsTrunk(nn.Module):
     What ails an image shows at different depths: a colour cast in the pixels, noise and JPEG's
     grid in the first stage, streaks and veils in the later ones. There are as many statistics
     whatever the image's size, so images of any size from 1 x 1 on are taken as they are; those
-    whose sides are multiples of ``any_multiple_of`` are read alike at their borders, and training
+    whose sides are multiples of ``side_multiple`` are read alike at their borders, and training
     takes no others. Black and white level of the 4 x 4 averaged image, where haze and darkness
     show, are read too.
 
@@ -52,13 +52,13 @@ class StatisticsTrunk(nn.Module):
         "std": (0.26862954, 0.26130258, 0.27577711),
     }
     pretrained_cfg: ClassVar[dict[str, Any]] = default_cfg
-    any_multiple_of: ClassVar[int] = 16
 
     def __init__(
         self, widths: Sequence[int] = WIDTHS, features: int = FEATURES, *, normalised: bool = False
     ) -> None:
         super().__init__()
         self.widths, self.num_features = tuple(widths), features
+        self.side_multiple = 2 ** len(self.widths)
         channels = (3, *widths)
         self.stages = nn.ModuleList(
             _stage(channels[i], channels[i + 1], i == 0, i + 1 == len(widths), normalised)
@@ -171,5 +171,5 @@ def _statistics(maps: Tensor) -> list[Tensor]:
     # Sums over the pixels of (B, H W, C) are several times as fast as var_mean on a CPU.
     pixels = maps.permute(0, 2, 3, 1).flatten(1, 2)
     mean = pixels.mean(dim=1)
-    variance = (pixels.square().mean(dim=1) - mean.square()).clamp_min(0)
+    variance = (pixels - mean.unsqueeze(1)).square().mean(dim=1)
     return [mean, (variance + 1e-6).sqrt()]

@@ -230,7 +230,7 @@ def _start_heads(heads: DegradationHeads, trained: DegradationHeads) -> None:
     heads.hidden.load_state_dict(trained.hidden.state_dict())
     for column, family in enumerate(FAMILIES):
         names = {KIND_OF[name] for name, other in FAMILY_OF.items() if other == family}
-        kinds = [KINDS.index(name) for name in names]
+        kinds = [index for index, kind in enumerate(KINDS) if kind in names]
         for output in ("presence", "severity"):
             new, old = getattr(heads, output), getattr(trained, output)
             new.weight[column] = old.weight[kinds].mean(dim=0)

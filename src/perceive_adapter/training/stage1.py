@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,13 @@ class Stage1:
             kind of degradation an equal quota.
         sides: of the crops in pixels, taken in turn.
         low: least severity of a low-tier image.
-        graded: weight of a second cross entropy, over images of every severity, whose right answer
-            lies between two tiers (:func:`tier_shares`). Triplets alone leave open what happens
-            between the tiers, and the score jumps there. The paper has none.
+        graded: weight, 0 or more, of a second cross entropy, over images of every severity, whose
+            right answer lies between two tiers (:func:`tier_shares`). Triplets alone leave open
+            what happens between the tiers, and the score jumps there. The paper has none.
         seed: of everything random.
+
+    Raises:
+        ConfigError: ``graded`` is no such weight.
     """
 
     schedule: Schedule = _PAPER_SCHEDULE
@@ -53,6 +57,10 @@ class Stage1:
     low: float = 0.5
     graded: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.graded < math.inf:
+            raise ConfigError(f"graded={self.graded}: expected a weight of 0 or more.")
 
 
 PAPER: Final = Stage1()
@@ -74,6 +82,9 @@ def train_perceiver(
     every: int = 500,
 ) -> None:
     """Train the prompts with the cross entropy over tiers, and the heads where there are any.
+
+    Beside the triplets of the paper, images of every severity teach the heads, and with
+    ``recipe.graded`` the prompts.
 
     Source: stage 1 of Perceive-IR (IEEE TIP 2025, https://arxiv.org/abs/2408.15994).
 
@@ -101,45 +112,41 @@ def train_perceiver(
     if perceiver.heads is not None:
         modules["heads"] = perceiver.heads.requires_grad_(True)
     device = perceiver.prompts.context.device
-    graded = perceiver.heads is not None or recipe.graded > 0
+    by_severity = perceiver.heads is not None or recipe.graded > 0
 
-    def draw(step: int) -> list[Tensor]:
+    def draw(step: int) -> tuple[Tensor, ...]:
         generator = seeded(recipe.seed, step, stream=2)
         side = recipe.sides[step % len(recipe.sides)]
         scenes = draw_scenes(folds, with_surroundings(side), recipe, generator)
-        batch = [*draw_tiers(scenes, mediums, side, generator)]
-        return batch + [*draw_damaged(folds, recipe.scenes, side, generator)] * graded
+        triplets = draw_tiers(scenes, mediums, side, generator)
+        if not by_severity:
+            return triplets
+        return *triplets, *draw_damaged(folds, recipe.scenes, side, generator)
 
     with Ahead(draw, recipe.schedule.steps) as ahead:
 
         def loss_at(step: int) -> Tensor:
             images, tiers, *damaged = (part.to(device) for part in ahead(step))
-            loss = F.cross_entropy(perceiver.tier_logits(_embed(perceiver, images)), tiers)
-            return loss + _loss_by_severity(perceiver, recipe, *damaged) if damaged else loss
+            with torch.no_grad():
+                embedding = perceiver.embed(torch.cat([images, *damaged[:1]]))
+            logits = perceiver.tier_logits(embedding)
+            loss = F.cross_entropy(logits[: len(tiers)], tiers)
+            if damaged:
+                rest = slice(len(tiers), None)
+                loss = loss + loss_by_severity(embedding[rest], logits[rest], damaged[1])
+            return loss
+
+        def loss_by_severity(embedding: Tensor, logits: Tensor, severity: Tensor) -> Tensor:
+            shares = tier_shares(severity.amax(dim=1), len(perceiver.tiers))
+            loss = recipe.graded * F.cross_entropy(logits, shares)
+            if perceiver.heads is None:
+                return loss
+            return loss + perceiver.heads.loss(embedding, severity)
 
         schedule = recipe.schedule
         train(modules, loss_at, schedule, checkpoint=checkpoint, every=every, title="stage 1")
     for module in modules.values():
         module.requires_grad_(False)
-
-
-def _loss_by_severity(
-    perceiver: QualityPerceiver, recipe: Stage1, damaged: Tensor, severity: Tensor
-) -> Tensor:
-    """What the heads tell of damaged images, and which tiers they lie between."""
-    embedding = _embed(perceiver, damaged)
-    loss = embedding.new_zeros(())
-    if recipe.graded:
-        shares = tier_shares(severity.amax(dim=1), len(perceiver.tiers))
-        loss = recipe.graded * F.cross_entropy(perceiver.tier_logits(embedding), shares)
-    if perceiver.heads is not None:
-        loss = loss + perceiver.heads.loss(embedding, severity)
-    return loss
-
-
-@torch.no_grad()
-def _embed(perceiver: QualityPerceiver, images: Tensor) -> Tensor:
-    return perceiver.embed(images)
 
 
 def _check(

@@ -38,7 +38,7 @@ def rain(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> 
 
 
 def haze(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Atmospheric scattering, I t + A (1 - t) with t = exp(-beta d), over a smooth depth map d."""
+    """Atmospheric scattering, I t + A (1 - t) with t = exp(-beta d), over a map of depths d."""
     depth = _depth_map(image, generator)
     transmission = torch.exp(-(0.05 + 2.45 * severity) * depth)
     batch = len(image)
@@ -89,7 +89,7 @@ def _depth_map(image: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _things(image: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Distances (B, 1, H, W) that follow the colours of the coarse image, by up to 0.5."""
+    """Distances (B, 1, H, W) in [-1.5, 1.5] that follow the colours of the coarse image."""
     batch, _, height, width = image.shape
     coarse = F.avg_pool2d(image, 4, ceil_mode=True)
     weights = 2 * uniform((batch, 3, 1, 1), image, generator) - 1
