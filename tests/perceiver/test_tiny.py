@@ -71,11 +71,15 @@ def test_it_tells_what_is_wrong(tiny: QualityPerceiver, photos: list[Tensor]) ->
 
 @torch.no_grad()
 def test_it_tells_several_at_once_and_none(tiny: QualityPerceiver, photos: list[Tensor]) -> None:
+    present = []
     for photo in photos:
         both = mix(photo, {"rain": 0.7, "jpeg": 0.6}, torch.Generator().manual_seed(0))
         presence = dict(zip(FAMILIES, tiny(both).degradations[0].tolist(), strict=True))
-        assert min(presence["rain"], presence["jpeg"]) > 0.5
+        assert set(sorted(presence, key=presence.__getitem__)[-2:]) == {"rain", "jpeg"}
+        present.append(min(presence["rain"], presence["jpeg"]))
         assert tiny(photo).degradations.max() < 0.5
+    assert fmean(present) > 0.5
+    assert min(present) > 0.4
 
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
@@ -127,8 +131,8 @@ class TestStability:
                 score = tiny(image).score
                 for axes in ((2,), (3,), (2, 3)):
                     changes.append(float(abs(tiny(image.flip(axes)).score - score)))
-        assert max(changes) < 0.2
-        assert fmean(changes) < 0.025
+        assert max(changes) < 0.1
+        assert fmean(changes) < 0.015
 
     @torch.no_grad()
     def test_crops_that_keep_half_the_area(
@@ -142,8 +146,8 @@ class TestStability:
                 for top, left in ((0, 0), (image.shape[2] - height, image.shape[3] - width)):
                     crop = image[..., top : top + height, left : left + width]
                     changes.append(float(abs(tiny(crop).score - score)))
-        assert max(changes) < 0.35
-        assert fmean(changes) < 0.08
+        assert max(changes) < 0.35  # Poisson noise, in the dark part of a photograph
+        assert fmean(changes) < 0.04
 
     @torch.no_grad()
     def test_sizes_that_the_stride_does_not_divide(
