@@ -62,8 +62,8 @@ class DifficultyAdaptiveLoss(nn.Module):
 
     Example:
         >>> loss = DifficultyAdaptiveLoss()
-        >>> target = torch.full((1, 3, 8, 8), 0.5)
-        >>> degraded = target + 0.25
+        >>> target = torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+        >>> degraded = target / 2
         >>> round(loss(degraded, target, degraded).item(), 4)  # 2, times the weights' sum
         3.1667
         >>> loss(target, target, degraded, medium=[target + 0.1]).item()

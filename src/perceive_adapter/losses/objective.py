@@ -80,8 +80,8 @@ class RestorationObjective(nn.Module):
     Example:
         >>> import torch
         >>> objective = RestorationObjective()
-        >>> target = torch.full((1, 3, 8, 8), 0.5)
-        >>> terms = objective(target + 0.25, target, degraded=target + 0.25)
+        >>> target = torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+        >>> terms = objective(target / 2, target, degraded=target / 2)
         >>> {name: round(value.item(), 4) for name, value in terms.as_dict().items()}
         {'total': 0.5667, 'l1': 0.25, 'difficulty_adaptive': 3.1667}
     """
