@@ -8,7 +8,8 @@ demo: .venv/demo.stamp  ## adapt a small denoiser to rain, haze and low light, a
 	$(BIN)/python examples/demo/run.py
 
 test: .venv/dev.stamp lint  ## lint, types, tests with coverage
-	$(BIN)/python -m pytest --cov=perceive_adapter --cov-fail-under=90
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+		--cov=perceive_adapter --cov-fail-under=90
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -15,7 +15,8 @@ light, at equal steps on the same batches. What differs is what steers the promp
 
 DIR/train/clean is trained on, DIR/test/denoise/CBSD68/gt is reported on, whole images. The share
 that a row closes is its distance from "none" over that of the oracle, in mean PSNR. Every finished
-row is kept in out/perception_worth, and not run again with the same settings.
+row is kept in out/perception_worth, and not run again with the same settings, perceiver and
+degradations.
 """
 
 import argparse
@@ -211,12 +212,14 @@ def run_row(
 ) -> list[float]:
     """Train and measure a row for every seed, and return the means; finished runs are kept."""
     runs = []
+    damage = hashlib.sha256(b"".join(batch.degraded.numpy().tobytes() for batch in tests))
     for seed in arguments.seeds:
         settings = {
             "row": name,
             "seed": seed,
             "steps": arguments.steps,
             "images": arguments.images,
+            "damage": damage.hexdigest()[:16],
             "perceiver": perceiver if name in PERCEIVED else None,
             "torch": torch.__version__,
         }

@@ -1,5 +1,6 @@
 """Fixtures that every part of the suite may use."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,13 @@ OTHERS_WARNINGS = (
     "ignore:`torch.jit:FutureWarning",
     "ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning",
 )
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes share the cores: threads of torch's, in these and in those that tests start, would
+    # wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -343,6 +343,16 @@ def test_haze_draws_everything_towards_a_smooth_airlight() -> None:
     assert airlight.amax((2, 3)).sub(airlight.amin((2, 3))).max() < 1e-3
 
 
+@pytest.mark.parametrize("severity", [0.0, 0.3, 1.0])
+def test_the_severity_of_haze_is_its_mean_optical_depth(severity: float) -> None:
+    black, white = (
+        degrade(gray(value, side=64, batch=16), "haze", severity, seeded()) for value in (0.0, 1.0)
+    )
+    thickness = -(white - black).log().mean((1, 2, 3))
+    expected = torch.full((16,), 0.03 + 1.37 * severity)
+    torch.testing.assert_close(thickness, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_haze_thickens_at_the_edges_of_things() -> None:
     halves = torch.cat([gray(0.2, side=64), gray(0.7, side=64)], dim=3)[..., :64, :]
 

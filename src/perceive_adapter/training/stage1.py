@@ -67,7 +67,7 @@ PAPER: Final = Stage1()
 TINY: Final = Stage1(
     Schedule(steps=1_000, learning_rate=1e-2, final_learning_rate=1e-4),
     sides=(64, 96, 128, 192),
-    graded=1.0,
+    graded=0.3,
 )
 """The recipe for ``perceive-tiny``."""
 

@@ -38,9 +38,12 @@ def rain(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> 
 
 
 def haze(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Atmospheric scattering, I t + A (1 - t) with t = exp(-beta d), over a map of depths d."""
-    depth = _depth_map(image, generator)
-    transmission = torch.exp(-(0.05 + 2.45 * severity) * depth)
+    """Atmospheric scattering, I t + A (1 - t) with t = exp(-beta d), over a map of depths d.
+
+    The mean depth is 1, so beta, from 0.03 to 1.4, is the mean optical depth of every image: one
+    severity is as much haze on a near scene as on a far one.
+    """
+    transmission = torch.exp(-(0.03 + 1.37 * severity) * _depth_map(image, generator))
     batch = len(image)
     brightness = 0.65 + 0.33 * uniform((batch, 1, 1, 1), image, generator)
     tint = 0.04 * (uniform((batch, 3, 1, 1), image, generator) - 0.5)
@@ -61,11 +64,12 @@ def _streak(severity: Tensor, slant: Tensor, coarse: Tensor) -> Tensor:
 
 
 def _depth_map(image: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Distances (B, 1, H, W) in [0, 1]: hills of two sizes on ground that recedes upwards.
+    """Distances (B, 1, H, W) of mean 1: hills of two sizes on ground that recedes upwards.
 
     Things stand at distances of their own, so parts of one colour are moved forwards or backwards
-    together. The nearest and the farthest distance differ from sample to sample, so that a crop may
-    be as evenly hazy as a crop of a large photograph is, and that what is near may have no haze.
+    together. The ratio of the nearest and the farthest distance differs from sample to sample, so
+    that a crop may be as evenly hazy as a crop of a large photograph is, and that what is near may
+    have no haze.
     """
     batch, _, height, width = image.shape
     hills = sum(
@@ -85,7 +89,8 @@ def _depth_map(image: Tensor, generator: torch.Generator | None) -> Tensor:
     relief = (relief - low) / (high - low).clamp_min(1e-3)
     near = 0.05 + 0.55 * uniform((batch, 1, 1, 1), image, generator)
     span = (1 - near) * (0.5 + 0.5 * uniform((batch, 1, 1, 1), image, generator))
-    return near + span * relief
+    depth = near + span * relief
+    return depth / depth.mean((2, 3), keepdim=True)
 
 
 def _things(image: Tensor, generator: torch.Generator | None) -> Tensor:
