@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from perceive_adapter.data.views import even_views, native_views
+from perceive_adapter.data.views import even_views, mirrored_in_turn, native_views
 from perceive_adapter.errors import ConfigError, ImageError
 
 
@@ -137,6 +137,24 @@ class Mean(torch.nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.views(image, 32, 4, self.multiple).mean((1, 2))
+
+
+def test_every_second_view_is_mirrored() -> None:
+    views = torch.rand(2, 5, 3, 4, 6)
+    turned = mirrored_in_turn(views)
+    assert torch.equal(turned[:, ::2], views[:, ::2])
+    assert torch.equal(turned[:, 1::2], views[:, 1::2].flip(4))
+
+
+def test_a_lone_view_is_given_both_ways() -> None:
+    view = torch.rand(2, 1, 3, 4, 6)
+    assert torch.equal(mirrored_in_turn(view), torch.cat([view, view.flip(4)], dim=1))
+
+
+def test_a_mirrored_image_has_the_same_views_in_two_columns() -> None:
+    image = torch.rand(1, 3, 60, 64)
+    views, mirrored = (mirrored_in_turn(even_views(i, 32, 16)) for i in (image, image.flip(3)))
+    assert torch.equal(mirrored[:, [1, 0, 3, 2]], views)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])

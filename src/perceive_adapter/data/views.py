@@ -2,11 +2,11 @@
 
 import math
 
-from torch import Tensor, stack
+from torch import Tensor, cat, stack
 
 from perceive_adapter.errors import ConfigError, ImageError
 
-__all__ = ["even_views", "native_views"]
+__all__ = ["even_views", "mirrored_in_turn", "native_views"]
 
 
 def native_views(image: Tensor, size: int, limit: int, multiple: int = 1) -> Tensor:
@@ -87,6 +87,29 @@ def even_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Te
         return native_views(image, largest, limit, multiple)
     tile = _tile(height, rows, largest, multiple), _tile(width, columns, largest, multiple)
     return _cut(image, tile, (rows, columns))
+
+
+def mirrored_in_turn(views: Tensor) -> Tensor:
+    """Mirror every second view, left to right; a single view is given both ways.
+
+    A network may read streaks and smears of one slant better than those of the other. The mean over
+    views of both hands does not, and hardly moves when the image is flipped.
+
+    Args:
+        views: (B, V, C, h, w).
+
+    Returns:
+        (B, V, C, h, w), or (B, 2, C, h, w) where V is 1. Differentiable.
+
+    Example:
+        >>> import torch
+        >>> views = torch.tensor([1.0, 2.0]).expand(1, 3, 1, 1, 2)
+        >>> mirrored_in_turn(views).flatten().tolist()
+        [1.0, 2.0, 2.0, 1.0, 1.0, 2.0]
+    """
+    if views.shape[1] == 1:
+        return cat([views, views.flip(4)], dim=1)
+    return stack([v.flip(3) if i % 2 else v for i, v in enumerate(views.unbind(1))], dim=1)
 
 
 def _check(image: Tensor, size: int, limit: int, multiple: int) -> None:
