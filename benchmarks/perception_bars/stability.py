@@ -95,7 +95,8 @@ def _images(subject: Subject) -> dict[str, list[Tensor]]:
 def _variants(image: Tensor, seed: int) -> dict[str, list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        "a flip": [image.flip(3), image.flip(2)],
+        "a flip left to right": [image.flip(3)],
+        "a flip upside down": [image.flip(2)],
         "a crop of half the area": [_half(image, generator) for _ in range(CROPS)],
     }
 
