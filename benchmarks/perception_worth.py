@@ -197,7 +197,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--images", type=int, default=16, help="test images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", nargs="+", help="only these; a table needs none, oracle and perceive-tiny")
+    parser.add_argument(
+        "--rows", nargs="+", help="only these; a table needs none, perceive-tiny and oracle"
+    )
     parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
     return parser.parse_args()
 
