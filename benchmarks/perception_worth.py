@@ -214,7 +214,8 @@ def run_row(
 ) -> list[float]:
     """Train and measure a row for every seed, and return the means; finished runs are kept."""
     runs = []
-    damage = hashlib.sha256(b"".join(batch.degraded.numpy().tobytes() for batch in tests))
+    # Coarse, since the last bits hang on the number of threads.
+    damage = hashlib.sha256(str([f"{batch.degraded.mean():.3f}" for batch in tests]).encode())
     for seed in arguments.seeds:
         settings = {
             "row": name,
