@@ -93,7 +93,8 @@ def mirrored_in_turn(views: Tensor) -> Tensor:
     """Mirror every second view, left to right; a single view is given both ways.
 
     A network may read streaks and smears of one slant better than those of the other. The mean over
-    views of both hands does not, and hardly moves when the image is flipped.
+    views of both hands does not, and hardly moves when the image is mirrored; not at all where an
+    even number of views lie side by side.
 
     Args:
         views: (B, V, C, h, w).
