@@ -14,8 +14,10 @@ DEMO = Path(__file__).parents[1] / "examples" / "demo"
 NAMES = ("gaussian noise", "rain", "haze", "low light")
 
 
-def test_small_demo_reports_saves_and_reloads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--difficulty-adaptive", "0.1"]])
+def test_small_demo_reports_saves_and_reloads(tmp_path: Path, options: list[str]) -> None:
     command = [sys.executable, str(DEMO / "run.py"), "--size", "small", "--out", str(tmp_path)]
+    command += options
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name in NAMES:

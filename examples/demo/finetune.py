@@ -10,7 +10,11 @@ from tqdm import tqdm
 
 from perceive_adapter import PerceiveModel
 from perceive_adapter.data import degrade
-from perceive_adapter.losses import DegradationContrastiveLoss, RestorationObjective
+from perceive_adapter.losses import (
+    DegradationContrastiveLoss,
+    ObjectiveWeights,
+    RestorationObjective,
+)
 
 NAMES = ("gaussian_noise", "rain", "haze", "low_light")
 
@@ -59,9 +63,11 @@ def learn_to_perceive(model: PerceiveModel, batches: Iterator[Batch], stage: Sta
     train(model, batches, stage, loss, title="perceive")
 
 
-def learn_to_restore(model: PerceiveModel, batches: Iterator[Batch], stage: Stage) -> None:
+def learn_to_restore(
+    model: PerceiveModel, batches: Iterator[Batch], stage: Stage, weights: ObjectiveWeights
+) -> None:
     """Train everything that was added, perception included."""
-    objective = RestorationObjective()
+    objective = RestorationObjective(weights)
 
     def loss(batch: Batch) -> Tensor:
         perception = model.perceive(batch.degraded)

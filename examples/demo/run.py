@@ -10,19 +10,20 @@ go to `out/demo`: a grid of images and the adapter, which a fresh process loads 
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from denoiser import load_denoiser
-from finetune import Stage, draw_batches, learn_to_perceive, learn_to_restore
+from finetune import Batch, Stage, draw_batches, learn_to_perceive, learn_to_restore
 from images import load_held_out, load_photos
 from report import count_told, damage, draw_grid, print_table, restore_all
 from safetensors.torch import save_file
 from torch import Tensor
 
 from perceive_adapter import PerceiveModel, wrap
+from perceive_adapter.losses import ObjectiveWeights
 
 HERE = Path(__file__).parent
 
@@ -40,7 +41,7 @@ class Size:
 SIZES = {
     "full": Size(
         perceive=Stage(steps=300, batch=32, learning_rate=4e-3),
-        restore=Stage(steps=1000, batch=8, learning_rate=5e-3),
+        restore=Stage(steps=1000, batch=8, learning_rate=2e-3),
         crop_sides=(48, 64, 96),
         longest_side=384,
     ),
@@ -58,6 +59,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="steps of learning to restore")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--difficulty-adaptive",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="of that loss (the paper's: 0.1), which draws dots in so short a training",
+    )
     parser.add_argument("--size", choices=SIZES, default="full", help="small: a smoke test")
     return parser.parse_args()
 
@@ -88,7 +96,9 @@ def main() -> int:
 
     photos = load_photos(HERE / "photos", longest_side=512)
     print(f"\nFine-tuning on noise, rain, haze and low light over {len(photos)} photographs:")
-    fine_tune(model, photos, size, arguments.steps or size.restore.steps, arguments.seed)
+    restore = replace(size.restore, steps=arguments.steps or size.restore.steps)
+    weights = ObjectiveWeights(difficulty_adaptive=arguments.difficulty_adaptive)
+    fine_tune(model, photos, replace(size, restore=restore), weights, arguments.seed)
 
     after = restore_all(model, cases)
     print(f"\nOn {len(held_out)} photographs that neither has trained on:\n")
@@ -100,14 +110,21 @@ def main() -> int:
 
 
 def fine_tune(
-    model: PerceiveModel, photos: Sequence[Tensor], size: Size, steps: int, seed: int
+    model: PerceiveModel,
+    photos: Sequence[Tensor],
+    size: Size,
+    weights: ObjectiveWeights,
+    seed: int,
 ) -> None:
     """First what is wrong with an image, then what to do about it."""
     generator = torch.Generator().manual_seed(seed)
-    restore = replace(size.restore, steps=steps)
+
+    def batches(stage: Stage) -> Iterator[Batch]:
+        return draw_batches(photos, size.crop_sides, stage, generator)
+
     model.train()
-    for learn, stage in ((learn_to_perceive, size.perceive), (learn_to_restore, restore)):
-        learn(model, draw_batches(photos, size.crop_sides, stage, generator), stage)
+    learn_to_perceive(model, batches(size.perceive), size.perceive)
+    learn_to_restore(model, batches(size.restore), size.restore, weights)
     model.eval()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from perceive_adapter.data.views import even_views, mirrored_in_turn, native_views
+from perceive_adapter.data.views import even_views, native_views, turned_views
 from perceive_adapter.errors import ConfigError, ImageError
 
 
@@ -139,26 +139,31 @@ class Mean(torch.nn.Module):
         return self.views(image, 32, 4, self.multiple).mean((1, 2))
 
 
-def test_every_second_view_is_mirrored() -> None:
-    views = torch.rand(2, 5, 3, 4, 6)
-    turned = mirrored_in_turn(views)
-    assert torch.equal(turned[:, ::2], views[:, ::2])
-    assert torch.equal(turned[:, 1::2], views[:, 1::2].flip(4))
+def test_views_are_turned_by_row_and_column() -> None:
+    image = torch.rand(2, 3, 90, 120)  # three rows and four columns
+    views, turned = (cut(image, 32, 16, 8) for cut in (even_views, turned_views))
+    for index in range(12):
+        flips = [2] * (index // 4 % 2) + [3] * (index % 2)
+        assert torch.equal(turned[:, index], views[:, index].flip(flips))
 
 
 def test_a_lone_view_is_given_both_ways() -> None:
-    view = torch.rand(2, 1, 3, 4, 6)
-    assert torch.equal(mirrored_in_turn(view), torch.cat([view, view.flip(4)], dim=1))
+    image = torch.rand(2, 3, 20, 30)
+    view = even_views(image, 32, 16, 8)
+    assert torch.equal(turned_views(image, 32, 16, 8), torch.cat([view, view.flip(4)], dim=1))
 
 
-def test_a_mirrored_image_has_the_same_views_in_two_columns() -> None:
+@pytest.mark.parametrize(("axis", "other_side"), [(2, [2, 3, 0, 1]), (3, [1, 0, 3, 2])])
+def test_a_flipped_image_has_the_same_views_in_two_rows_and_columns(
+    axis: int, other_side: list[int]
+) -> None:
     image = torch.rand(1, 3, 60, 64)
-    views, mirrored = (mirrored_in_turn(even_views(i, 32, 16)) for i in (image, image.flip(3)))
-    assert torch.equal(mirrored[:, [1, 0, 3, 2]], views)
+    views, flipped = (turned_views(i, 32, 16) for i in (image, image.flip(axis)))
+    assert torch.equal(flipped[:, other_side], views)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("views", [native_views, even_views])
+@pytest.mark.parametrize("views", [native_views, turned_views])
 def test_compiles_in_one_graph_for_any_size(
     views: Callable[..., torch.Tensor], multiple: int
 ) -> None:
@@ -171,7 +176,7 @@ def test_compiles_in_one_graph_for_any_size(
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("views", [native_views, even_views])
+@pytest.mark.parametrize("views", [native_views, turned_views])
 def test_exports(views: Callable[..., torch.Tensor], multiple: int) -> None:
     image = torch.rand(1, 3, 60, 41)
     module = Mean(views, multiple)
@@ -179,7 +184,7 @@ def test_exports(views: Callable[..., torch.Tensor], multiple: int) -> None:
     assert torch.equal(exported.module()(image), module(image))
 
 
-@pytest.mark.parametrize("views", [native_views, even_views])
+@pytest.mark.parametrize("views", [native_views, turned_views])
 def test_errors(views: Callable[..., torch.Tensor]) -> None:
     for size, limit, multiple in [(0, 1, 1), (1, 0, 1), (-3, 4, 1), (4, 4, 0)]:
         with pytest.raises(ConfigError, match=f"{size=}, {limit=} and {multiple=}"):

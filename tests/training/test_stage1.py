@@ -21,9 +21,9 @@ from perceive_adapter.training.stage1 import (
     PAPER,
     Stage1,
     draw_scenes,
-    tier_shares,
     train_perceiver,
 )
+from perceive_adapter.training.tiers import tier_shares
 
 
 def recipe(steps: int, rate: float = 1e-2, side: int = 32) -> Stage1:

@@ -1,12 +1,16 @@
 """Native-resolution views of an image, so that perception costs the same at any image size."""
 
 import math
+from typing import TypeAlias
 
 from torch import Tensor, cat, stack
 
 from perceive_adapter.errors import ConfigError, ImageError
 
-__all__ = ["even_views", "mirrored_in_turn", "native_views"]
+__all__ = ["even_views", "native_views", "turned_views"]
+
+_Layout: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+"""Height and width of the views, and in how many rows and columns they lie."""
 
 
 def native_views(image: Tensor, size: int, limit: int, multiple: int = 1) -> Tensor:
@@ -47,10 +51,7 @@ def native_views(image: Tensor, size: int, limit: int, multiple: int = 1) -> Ten
         torch.Size([1, 1, 3, 64, 48])
     """
     _check(image, size, limit, multiple)
-    height, width = image.shape[-2:]
-    rows, columns = _grid(height / min(size, height), width / min(size, width), limit)
-    sides = _rounded(min(size, height), multiple), _rounded(min(size, width), multiple)
-    return _cut(image, sides, (rows, columns))
+    return _cut(image, *_native_layout(image, size, limit, multiple))
 
 
 def even_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Tensor:
@@ -81,36 +82,48 @@ def even_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Te
         torch.Size([1, 4, 3, 144, 240])
     """
     _check(image, largest, limit, multiple)
-    height, width = image.shape[-2:]
-    rows, columns = -(-height // largest), -(-width // largest)
-    if rows * columns > limit:
-        return native_views(image, largest, limit, multiple)
-    tile = _tile(height, rows, largest, multiple), _tile(width, columns, largest, multiple)
-    return _cut(image, tile, (rows, columns))
+    return _cut(image, *_layout(image, largest, limit, multiple))
 
 
-def mirrored_in_turn(views: Tensor) -> Tensor:
-    """Mirror every second view, left to right; a single view is given both ways.
+def turned_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Tensor:
+    """Cut views as :func:`even_views`, and turn them by where they lie.
 
-    A network may read streaks and smears of one slant better than those of the other. The mean over
-    views of both hands does not, and hardly moves when the image is mirrored; not at all where an
-    even number of views lie side by side.
+    Those of every second column are mirrored, those of every second row are turned upside down. A
+    single view is given both ways, as it is and mirrored.
+
+    A network may read streaks and smears of one slant better than those of the other, or a veil
+    better where it is thicker above. The mean over views of all hands does not, and hardly moves
+    when the image is flipped; not at all where an even number of views lie along the flipped side.
 
     Args:
-        views: (B, V, C, h, w).
+        image: as for :func:`even_views`.
+        largest: as for :func:`even_views`.
+        limit: as for :func:`even_views`.
+        multiple: as for :func:`even_views`.
 
     Returns:
-        (B, V, C, h, w), or (B, 2, C, h, w) where V is 1. Differentiable.
+        As :func:`even_views`; two views where it gives one. Differentiable.
+
+    Raises:
+        ImageError: as for :func:`native_views`.
+        ConfigError: as for :func:`native_views`.
 
     Example:
         >>> import torch
-        >>> views = torch.tensor([1.0, 2.0]).expand(1, 3, 1, 1, 2)
-        >>> mirrored_in_turn(views).flatten().tolist()
-        [1.0, 2.0, 2.0, 1.0, 1.0, 2.0]
+        >>> image = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]).view(1, 1, 2, 4)
+        >>> turned_views(image, 2, 16).flatten().tolist()
+        [1.0, 2.0, 5.0, 6.0, 4.0, 3.0, 8.0, 7.0]
+        >>> turned_views(image[..., :1, :2], 2, 16).flatten().tolist()
+        [1.0, 2.0, 2.0, 1.0]
     """
-    if views.shape[1] == 1:
+    views = even_views(image, largest, limit, multiple)
+    _, (rows, columns) = _layout(image, largest, limit, multiple)
+    if rows * columns == 1:
         return cat([views, views.flip(4)], dim=1)
-    return stack([v.flip(3) if i % 2 else v for i, v in enumerate(views.unbind(1))], dim=1)
+    grid = views.unflatten(1, (rows, columns))
+    grid = stack([r.flip(3) if i % 2 else r for i, r in enumerate(grid.unbind(1))], dim=1)
+    grid = stack([c.flip(4) if i % 2 else c for i, c in enumerate(grid.unbind(2))], dim=2)
+    return grid.flatten(1, 2)
 
 
 def _check(image: Tensor, size: int, limit: int, multiple: int) -> None:
@@ -126,6 +139,21 @@ def _check(image: Tensor, size: int, limit: int, multiple: int) -> None:
             "(B, C, H, W) with at least one pixel. Add a batch dimension with image[None] if it is "
             "missing."
         )
+
+
+def _native_layout(image: Tensor, size: int, limit: int, multiple: int) -> _Layout:
+    height, width = image.shape[-2:]
+    sides = _rounded(min(size, height), multiple), _rounded(min(size, width), multiple)
+    return sides, _grid(height / min(size, height), width / min(size, width), limit)
+
+
+def _layout(image: Tensor, largest: int, limit: int, multiple: int) -> _Layout:
+    height, width = image.shape[-2:]
+    rows, columns = -(-height // largest), -(-width // largest)
+    if rows * columns > limit:
+        return _native_layout(image, largest, limit, multiple)
+    tile = _tile(height, rows, largest, multiple), _tile(width, columns, largest, multiple)
+    return tile, (rows, columns)
 
 
 def _tile(length: int, count: int, largest: int, multiple: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceive_adapter.data.views import even_views, mirrored_in_turn, native_views
+from perceive_adapter.data.views import native_views, turned_views
 from perceive_adapter.errors import LossInputError, UntrainedPerceiverWarning
 from perceive_adapter.perceiver import official, saving
 from perceive_adapter.perceiver.checks import check_finite, check_image
@@ -37,8 +37,8 @@ class QualityPerceiver(nn.Module):
     (:func:`~perceive_adapter.data.views.native_views`), of the size that the image tower takes:
     noise is not averaged away, and memory does not grow with the image. Their unit embeddings are
     averaged. Only what is smaller than the tower's input is enlarged. ``perceive-tiny`` enlarges
-    nothing: an image is cut into tiles (:func:`~perceive_adapter.data.views.even_views`) whose
-    sides are multiples of its stride, every second one mirrored.
+    nothing: an image is cut into tiles (:func:`~perceive_adapter.data.views.turned_views`) whose
+    sides are multiples of its stride, flipped in turn.
 
     Text features are computed once while the context is frozen (``requires_grad_(False)``, as
     :meth:`from_pretrained` leaves it), and at every call while it trains.
@@ -356,7 +356,7 @@ class QualityPerceiver(nn.Module):
         check_image(image)
         if self.towers.takes_any_size:
             largest, multiple = min(self.towers.image_size), self.towers.side_multiple
-            views = mirrored_in_turn(even_views(image, largest, self.config.views, multiple))
+            views = turned_views(image, largest, self.config.views, multiple)
         else:
             # Square crops, so that an image narrower than the tower's input is not distorted.
             size = min(*self.towers.image_size, *image.shape[-2:])

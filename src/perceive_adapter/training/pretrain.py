@@ -30,11 +30,11 @@ from perceive_adapter.perceiver.vocabulary import WordTokenizer
 from perceive_adapter.training.captions import (
     WORDS,
     grades,
-    qualities,
     write_captions,
     write_quality_captions,
 )
 from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
+from perceive_adapter.training.tiers import tier_shares
 
 __all__ = ["ARCHITECTURE", "SCHEDULE", "TinyTowers", "as_perceiver", "draw_samples", "pretrain"]
 
@@ -93,7 +93,7 @@ class TinyTowers(nn.Module):
         return embedding
 
     def loss(self, samples: Samples, generator: torch.Generator) -> Tensor:
-        """Contrast with captions of damage, classify by captions of quality, train the heads."""
+        """Contrast with captions of damage, rate by captions of quality, train the heads."""
         embedding = self.embed(samples.degraded)
         chosen = torch.randperm(len(embedding), generator=generator)[:_CAPTIONS]
         severity = samples.severity[chosen]
@@ -101,7 +101,8 @@ class TinyTowers(nn.Module):
         text = self.clip.encode_text(self.tokenize(captions), normalize=True)
         damage, quality = text[: len(chosen)], text[len(chosen) :]
         scale = self.clip.logit_scale.exp().clamp(max=_LARGEST_SCALE)
-        rated = F.cross_entropy(scale * embedding @ quality.T, qualities(samples.severity))
+        shares = tier_shares(samples.severity.amax(dim=1), quality.shape[0])
+        rated = F.cross_entropy(scale * embedding @ quality.T, shares)
         told = contrast(embedding[chosen], damage, grades(severity), scale)
         return told + rated + 4 * self.heads.loss(embedding, samples.severity)
 

@@ -25,10 +25,10 @@ from perceive_adapter.data.triplets import Blend, Medium, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.quality import QualityPerceiver
 from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
+from perceive_adapter.training.tiers import tier_shares
 
 __all__ = ["PAPER", "TINY", "Stage1", "train_perceiver"]
 
-_LOWEST: Final = 0.64  # severity from which an image is of the lowest tier and no other
 _PAPER_SCHEDULE: Final = Schedule(steps=100_000, learning_rate=4e-5, final_learning_rate=1e-6)
 
 
@@ -43,8 +43,9 @@ class Stage1:
         sides: of the crops in pixels, taken in turn.
         low: least severity of a low-tier image.
         graded: weight, 0 or more, of a second cross entropy, over images of every severity, whose
-            right answer lies between two tiers (:func:`tier_shares`). Triplets alone leave open
-            what happens between the tiers, and the score jumps there. The paper has none.
+            right answer lies between two tiers
+            (:func:`~perceive_adapter.training.tiers.tier_shares`). Triplets alone leave open what
+            happens between the tiers, and the score jumps there. The paper has none.
         seed: of everything random.
 
     Raises:
@@ -165,22 +166,6 @@ def _check(
             f"the perceiver's heads tell {perceiver.degradations}, and training makes {FAMILIES}. "
             "Create it with degradations=perceive_adapter.data.FAMILIES, or with none."
         )
-
-
-def tier_shares(severity: Tensor, tiers: int) -> Tensor:
-    """Return how much of each of ``tiers`` tiers images of a severity (B,) are, (B, tiers).
-
-    Undamaged ones are all of the highest, those of 0.64 and more all of the lowest; between, the
-    tier falls evenly, and an image between two tiers is part of one and part of the other.
-
-    Example:
-        >>> tier_shares(torch.tensor([0.0, 0.16, 0.4]), 3)
-        tensor([[0.0000, 0.0000, 1.0000],
-                [0.0000, 0.5000, 0.5000],
-                [0.2500, 0.7500, 0.0000]])
-    """
-    place = (1 - severity / _LOWEST).clamp(min=0) * (tiers - 1)
-    return (1 - (place[:, None] - torch.arange(tiers).to(place)).abs()).clamp(min=0)
 
 
 def draw_scenes(
