@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perceive_adapter import QualityPerceiver
+from perceive_adapter.data.pairs import find_pairs, read_pair
 from perceive_adapter.data.samples import find_images, load_photos
 
 T = TypeVar("T")
@@ -76,8 +77,4 @@ def to_batch(photo: Tensor) -> Tensor:
 
 
 def _load_pairs(folder: Path, limit: int | None) -> list[tuple[Tensor, Tensor]]:
-    """An input ``1400_3.png`` belongs to the target ``1400.png`` where there is no other."""
-    targets = {path.stem: path for path in find_images(folder / "gt")}
-    inputs = spread(find_images(folder / "input"), limit)
-    chosen = [targets.get(path.stem) or targets[path.stem.split("_")[0]] for path in inputs]
-    return list(zip(load_photos(inputs), load_photos(chosen), strict=True))
+    return [read_pair(pair) for pair in spread(find_pairs(folder).pairs, limit)]

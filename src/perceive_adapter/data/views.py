@@ -120,7 +120,7 @@ def turned_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> 
     _, (rows, columns) = _layout(image, largest, limit, multiple)
     if rows * columns == 1:
         return cat([views, views.flip(4)], dim=1)
-    grid = views.unflatten(1, (rows, columns))
+    grid = views.reshape(len(views), rows, columns, *views.shape[2:])
     grid = stack([r.flip(3) if i % 2 else r for i, r in enumerate(grid.unbind(1))], dim=1)
     grid = stack([c.flip(4) if i % 2 else c for i, c in enumerate(grid.unbind(2))], dim=2)
     return grid.flatten(1, 2)

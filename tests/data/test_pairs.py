@@ -1,0 +1,152 @@
+"""Pairs of images on disk."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from perceive_adapter.data.pairs import Pair, find_pairs, read_pair
+from perceive_adapter.errors import ConfigError, ImageError
+
+
+def write(
+    root: Path, *names: str, mode: str = "RGB", size: tuple[int, int] = (9, 6), value: int = 90
+) -> None:
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, value).convert(mode).save(file)
+
+
+def found(root: Path, **options: str) -> list[tuple[str, str, str]]:
+    pairs = find_pairs(root, **options).pairs  # type: ignore[arg-type]
+    relative = [(p.degraded.relative_to(root), p.target.relative_to(root), p.group) for p in pairs]
+    return [(str(degraded), str(target), group) for degraded, target, group in relative]
+
+
+def test_all_in_one_layout(tmp_path: Path) -> None:
+    for task in ("denoise", "derain", "enhance"):
+        write(tmp_path, f"{task}/input/b.png", f"{task}/gt/b.jpg")
+        write(tmp_path, f"{task}/input/a.png", f"{task}/gt/a.png")
+    assert found(tmp_path) == [
+        (f"{task}/input/{name}.png", f"{task}/gt/{name}.{suffix}", task)
+        for task in ("denoise", "derain", "enhance")
+        for name, suffix in (("a", "png"), ("b", "jpg"))
+    ]
+    assert find_pairs(tmp_path).counts() == {"denoise": 2, "derain": 2, "enhance": 2}
+    assert found(tmp_path / "derain")[0] == ("input/a.png", "gt/a.png", "")
+
+
+@pytest.mark.parametrize(
+    ("degraded", "target"),
+    [
+        ("hazy/0001_0.8_0.2.jpg", "clear/0001.png"),  # RESIDE, outdoor
+        ("hazy/1400_3.png", "gt/1400.png"),  # RESIDE, SOTS
+        ("rain/rain-001.png", "norain/norain-001.png"),  # Rain100L
+        ("Low/low00690.png", "Normal/normal00690.png"),  # LOL, version 2
+        ("blur/000047.png", "sharp/000047.png"),  # GoPro
+        ("input/scene/7.png", "gt/scene/7.png"),
+        ("lq/a_b.png", "hq/a_b.png"),
+    ],
+)
+def test_naming_rules(tmp_path: Path, degraded: str, target: str) -> None:
+    write(tmp_path, degraded, target)
+    assert found(tmp_path) == [(degraded, target, "")]
+
+
+def test_a_target_may_have_several_degraded_images(tmp_path: Path) -> None:
+    write(tmp_path, "hazy/1_1.png", "hazy/1_2.png", "hazy/10_1.png", "gt/1.png", "gt/10.png")
+    assert [target for _, target, _ in found(tmp_path)] == ["gt/10.png", "gt/1.png", "gt/1.png"]
+
+
+def test_a_target_of_the_same_name_comes_first(tmp_path: Path) -> None:
+    write(tmp_path, "input/1.png", "input/1_2.png", "gt/1.png", "gt/1_2.png")
+    assert found(tmp_path) == [
+        ("input/1.png", "gt/1.png", ""),
+        ("input/1_2.png", "gt/1_2.png", ""),
+    ]
+
+
+def broken_folder(root: Path) -> None:
+    write(root, "input/good.png", "gt/good.png")
+    write(root, "input/alone.png", "gt/left.png")
+    write(root, "input/good_2.png")  # no other photograph's target may stand in for its own
+    write(root, "input/small.png", size=(5, 6))
+    write(root, "gt/small.png")
+    write(root, "gt/torn.png")
+    (root / "input" / "torn.png").write_bytes(b"no image")
+    write(root, "input/deep.png", "gt/deep.png", mode="I;16")
+
+
+BROKEN = (
+    r"alone\.png' has no partner in .*gt'",
+    r"good_2\.png' has no partner in .*gt'",
+    r"left\.png' has no partner in .*input'",
+    r"deep\.png' has mode I;16",
+    r"small\.png' has 6 x 5 pixels and .*small\.png' 6 x 9",
+    r"torn\.png' cannot be read as an image",
+)
+
+
+def test_everything_that_is_broken_is_named_first(tmp_path: Path) -> None:
+    broken_folder(tmp_path)
+    with pytest.raises(ImageError, match="6 of the files") as caught:
+        find_pairs(tmp_path)
+    assert 'and 1 more. Mend or remove them, or leave them out with broken="skip".' in str(
+        caught.value
+    )
+
+
+def test_what_is_broken_may_be_skipped_with_a_count(tmp_path: Path) -> None:
+    broken_folder(tmp_path)
+    assert found(tmp_path, broken="skip") == [("input/good.png", "gt/good.png", "")]
+    skipped = find_pairs(tmp_path, broken="skip").skipped
+    assert len(skipped) == len(BROKEN)
+    for pattern in BROKEN:
+        assert sum(re.search(pattern, problem) is not None for problem in skipped) == 1
+
+
+def test_turned_photographs_fit_upright_ones(tmp_path: Path) -> None:
+    write(tmp_path, "gt/a.jpg", size=(6, 9))
+    (tmp_path / "input").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (9, 6)).save(tmp_path / "input" / "a.jpg", exif=exif)
+    (pair,) = find_pairs(tmp_path).pairs
+    assert [image.shape for image in read_pair(pair)] == [(3, 9, 6)] * 2
+
+
+def test_reading_gray_and_alpha(tmp_path: Path) -> None:
+    write(tmp_path, "input/a.png", mode="RGBA", value=7)
+    write(tmp_path, "gt/a.png", mode="L", value=200)
+    degraded, target = read_pair(find_pairs(tmp_path).pairs[0])
+    assert torch.equal(degraded, torch.full((3, 6, 9), 7, dtype=torch.uint8))
+    assert torch.equal(target, torch.full((3, 6, 9), 200, dtype=torch.uint8))
+
+
+def test_reading_what_was_cut_short_or_changed(tmp_path: Path) -> None:
+    write(tmp_path, "input/a.bmp", "gt/a.bmp")
+    (pair,) = find_pairs(tmp_path).pairs
+    file = tmp_path / "gt" / "a.bmp"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ImageError, match=r"gt/a\.bmp' cannot be read"):
+        read_pair(find_pairs(tmp_path).pairs[0])
+    write(tmp_path, "gt/a.bmp", size=(4, 4))
+    with pytest.raises(ImageError, match=r"6 x 9 pixels and .*gt/a\.bmp' 4 x 4"):
+        read_pair(Pair(pair.degraded, pair.target, ""))
+
+
+def test_folders_without_pairs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no folder: expected folders of degraded images"):
+        find_pairs(tmp_path / "missing")
+    write(tmp_path, "gt/a.png")
+    with pytest.raises(ConfigError, match="holds no set of pairs"):
+        find_pairs(tmp_path)
+    write(tmp_path, "input/b.png")
+    with pytest.raises(ConfigError, match="holds no pair that can be used"):
+        find_pairs(tmp_path, broken="skip")
+    write(tmp_path, "input/a.png", "hazy/a.png")
+    with pytest.raises(ConfigError, match=r"several folders .*\['hazy', 'input'\]"):
+        find_pairs(tmp_path)
