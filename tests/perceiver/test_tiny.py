@@ -126,8 +126,8 @@ class TestStability:
     @pytest.mark.parametrize(
         ("axis", "largest", "mean"),
         [
-            (3, 0.01, 1e-3),  # every second view is mirrored
-            (2, 0.2, 0.015),  # the haze that training saw is thickest above
+            (3, 1e-4, 1e-5),  # in two columns, of which one is mirrored
+            (2, 0.15, 0.015),  # the wide ones lie in one row, which is never turned
         ],
         ids=["left-right", "upside-down"],
     )
@@ -146,16 +146,18 @@ class TestStability:
     def test_crops_that_keep_half_the_area(
         self, tiny: QualityPerceiver, photos: list[Tensor]
     ) -> None:
+        # Shot noise is fainter where the photograph is dark: there, it is another image.
+        names = [name for name in DEGRADATIONS if name != "poisson_noise"]
         changes = []
         for photo in photos:
-            for image in (photo, *(damaged(photo, name, 0.6) for name in DEGRADATIONS)):
+            for image in (photo, *(damaged(photo, name, 0.6) for name in names)):
                 score = tiny(image).score
                 height, width = (round(side * 0.5**0.5) for side in image.shape[2:])
                 for top, left in ((0, 0), (image.shape[2] - height, image.shape[3] - width)):
                     crop = image[..., top : top + height, left : left + width]
                     changes.append(float(abs(tiny(crop).score - score)))
-        assert max(changes) < 0.4  # Poisson noise, in the dark part of a photograph
-        assert fmean(changes) < 0.04
+        assert max(changes) < 0.3
+        assert fmean(changes) < 0.03
 
     @torch.no_grad()
     def test_sizes_that_the_stride_does_not_divide(
