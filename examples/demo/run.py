@@ -3,8 +3,8 @@
     python examples/demo/run.py
 
 The backbone is a small NAFNet that knows nothing but noise. It stays frozen; only the prompt
-modules that `wrap` plugs into it are trained, for about three minutes on a two-core CPU. Results
-go to `out/demo`: a grid of images and the adapter, which a fresh process loads for comparison.
+modules that `wrap` plugs into it are trained, for a few minutes on a two-core CPU. Results go
+to `out/demo`: a grid of images and the adapter, which a fresh process loads for comparison.
 """
 
 import argparse
