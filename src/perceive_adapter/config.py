@@ -7,7 +7,7 @@ import types
 import typing
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from perceive_adapter.errors import CheckpointError, ConfigError
@@ -39,6 +39,9 @@ class AdapterConfig:
         attention_heads: heads of cross-attention.
         semantic: name of a timm image model whose class tokens tell what is in the image, or None.
         semantic_weights: weight file for ``semantic``; None takes timm's pretrained weights.
+        treats: columns of the perception's ``degradations`` that the adapter is for: on an image in
+            which none of them is perceived the backbone is left alone. None: it works on every
+            image. See :meth:`~perceive_adapter.PerceiveModel.treat`, which takes their names.
         budget: most trainable parameters; None is 3 % of the backbone, at least 120 000, and does
             not bind where a rank is named.
 
@@ -61,7 +64,8 @@ class AdapterConfig:
     attention_heads: int = 4
     semantic: str | None = None
     semantic_weights: str | None = None
-    budget: int | None = field(default=None)
+    treats: tuple[int, ...] | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("level", self.level, LEVEL_KINDS)
@@ -85,6 +89,8 @@ class AdapterConfig:
         for source, width in (self.sources or {}).items():
             _one_of("sources", source, SOURCES)
             _positive(f"sources[{source!r}]", width)
+        if self.treats is not None:
+            _columns("treats", self.treats)
         if self.sources is not None and not self.sources:
             raise ConfigError(f"sources is empty; name at least one of {', '.join(SOURCES)}")
 
@@ -97,6 +103,11 @@ def _one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
 def _positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r}; expected a positive integer")
+
+
+def _columns(name: str, value: tuple[Any, ...]) -> None:
+    if not value or any(type(column) is not int or column < 0 for column in value):
+        raise ConfigError(f"{name}={value!r}; expected columns from 0, or None for no limit")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_an_exception_ends_disabled() -> None:
 def test_an_injector_serves_users_own_models() -> None:
     net = CASES["isotropic"].net()
     injector = PromptInjector(plan_sites(net), AdapterConfig())
-    nn.init.ones_(injector.prompt_sites[0].prompt.to_scale_shift.bias)
+    nn.init.ones_(injector.prompt_sites[0].prompt.to_scale_shift.weight)
     expected = net(IMAGE)
     injector.attach(net)
     with pytest.raises(AlreadyWrappedError, match="detach"):
@@ -141,3 +141,45 @@ def test_value_ranges_map_to_unit_and_back(given: Any, low: float, high: float) 
 def test_value_ranges_that_are_none(given: object) -> None:
     with pytest.raises(ConfigError, match="value_range="):
         ValueRange.of(given)
+
+
+# What an adapter is for
+
+
+def _steered(**options: Any) -> Any:
+    return wrapped("u_shape", config=AdapterConfig(sources={"degradations": 3}, **options))
+
+
+def _present(*rows: list[float]) -> Perception:
+    return Perception(degradations=torch.tensor(rows))
+
+
+@pytest.mark.parametrize("level", ["modulation", "cross_attention"])
+def test_the_backbone_is_left_alone_where_nothing_is_perceived_that_the_adapter_treats(
+    level: str,
+) -> None:
+    model, bare = _steered(level=level, treats=(0, 2)), CASES["u_shape"].net()(IMAGE)
+    assert torch.equal(model(IMAGE, perception=_present([0, 1, 0])), bare)
+    with torch.no_grad():  # folded
+        assert torch.equal(model(IMAGE, perception=_present([0, 1, 0])), bare)
+    full = model(IMAGE, perception=_present([1, 0, 0]))
+    assert relative(full, bare) > 1e-3
+    hardly = model(IMAGE, perception=_present([0.1, 1, 0]))
+    assert 0 < relative(hardly, bare) < 0.1 * relative(full, bare)
+
+
+def test_the_strength_is_each_image_s_own() -> None:
+    model, batch = _steered(treats=(1,)), IMAGE.expand(2, -1, -1, -1)
+    both = model(batch, perception=_present([1, 0, 0], [1, 1, 0]))
+    torch.testing.assert_close(both[:1], CASES["u_shape"].net()(IMAGE))
+    torch.testing.assert_close(both[1:], model(IMAGE, perception=_present([1, 1, 0])))
+
+
+def test_treats_needs_columns_that_are_there() -> None:
+    for columns in [(), (-1,), (True,), ("rain",)]:
+        with pytest.raises(ConfigError, match="treats="):
+            AdapterConfig(treats=columns)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"have 3"):
+        _steered(treats=(3,))
+    with pytest.raises(ConfigError, match=r"have 0"):
+        wrapped("u_shape", config=AdapterConfig(treats=(0,)))

@@ -1,14 +1,15 @@
 """What ``wrap`` does when nobody says what is to perceive: the bundled perceiver steers."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from wrapping import moved
+from wrapping import moved, wrapped
 
 from perceive_adapter import AdapterConfig, PerceiveModel, Perception, QualityPerceiver, wrap
-from perceive_adapter.errors import PerceptionError
+from perceive_adapter.errors import ConfigError, PerceptionError
 
 IMAGE = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 
@@ -113,3 +114,26 @@ def test_the_semantic_tower_needs_no_download() -> None:
     semantic = model.perceive(IMAGE).semantic
     assert semantic.shape == (2, 1, 192)
     assert semantic.norm(dim=-1).tolist() == [[pytest.approx(1)], [pytest.approx(1)]]
+
+
+def test_treat_names_degradations_that_the_perceiver_tells(
+    model: PerceiveModel, tmp_path: Path
+) -> None:
+    model.treat("rain", "low_light")
+    columns = tuple(model.perceiver.degradations.index(name) for name in ("rain", "low_light"))
+    assert model.injector.config.treats == columns
+    clean = torch.full((1, 3, 64, 64), 0.5)
+    seen = dataclasses.replace(model.perceive(clean), degradations=torch.zeros(1, 6))
+    with model.disabled():
+        bare = model(clean)
+    assert torch.equal(model(clean, perception=seen), bare)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"fog cannot be told apart: .* tells haze, rain"):
+        model.treat("rain", "fog")
+    assert model.injector.config.treats == columns
+    model.treat()
+    assert not torch.equal(model(clean, perception=seen), bare)
+    with pytest.raises(ConfigError, match="is not there or tells none"):
+        wrapped("u_shape").treat("rain")
+    again = wrap(model.unwrap(), tmp_path)
+    assert torch.equal(again(clean, perception=seen), bare)

@@ -25,7 +25,7 @@ def level(config: AdapterConfig = CONFIG, layout: Layout = MAPS, channels: int =
 
 def test_modulation_scales_and_shifts_each_channel() -> None:
     prompt = level(AdapterConfig())
-    features, condition = torch.rand(2, 6, 4, 5), torch.rand(2, 16)
+    features, condition = torch.rand(2, 6, 4, 5), torch.rand(2, 17)
     gamma, beta = prompt.to_scale_shift(condition).chunk(2, dim=1)
     expected = features * (1 + gamma[..., None, None]) + beta[..., None, None]
     torch.testing.assert_close(prompt(features, condition, features), expected)
@@ -33,7 +33,7 @@ def test_modulation_scales_and_shifts_each_channel() -> None:
 
 def test_cross_attention_is_softmax_over_channels_of_normalised_queries_and_keys() -> None:
     prompt = level()
-    features, condition = torch.rand(1, 6, 4, 5), torch.rand(1, 16)
+    features, condition = torch.rand(1, 6, 4, 5), torch.rand(1, 17)
     guided = prompt.guide(features, condition, features)
     query = prompt.to_query.weight @ guided.flatten(2)[0]
     key, value = (prompt.to_key_value.weight @ features.flatten(2)[0]).chunk(2)
@@ -43,14 +43,15 @@ def test_cross_attention_is_softmax_over_channels_of_normalised_queries_and_keys
     ):
         weights = (F.normalize(q, dim=1) @ F.normalize(k, dim=1).T * t).softmax(dim=1)
         heads.append(weights @ v)
-    expected = guided + (prompt.to_out.weight @ torch.cat(heads)).view(1, 6, 4, 5)
+    attended = (prompt.to_out.weight @ torch.cat(heads)).view(1, 6, 4, 5)
+    expected = guided + condition[0, -1] * attended
     torch.testing.assert_close(prompt(features, condition, features), expected)
 
 
 @pytest.mark.parametrize("kind", ["modulation", "cross_attention"])
 def test_layouts_of_one_feature_map_agree(kind: str) -> None:
     config = AdapterConfig(level=kind)
-    maps, condition = torch.rand(2, 6, 4, 5), torch.rand(2, 16)
+    maps, condition = torch.rand(2, 6, 4, 5), torch.rand(2, 17)
     expected = level(config)(maps, condition, maps)
     nhwc = maps.permute(0, 2, 3, 1)
     actual = level(config, Layout(0, -1))(nhwc, condition, nhwc)
@@ -90,7 +91,7 @@ def test_a_branch_is_the_weight_that_folding_makes(layer: str) -> None:
     module = net.get_submodule(site.name)
     prompt = build_prompt(site, CONFIG)
     moved(prompt, scale=0.3)
-    condition = torch.rand(1, 16)
+    condition = torch.rand(1, 17)
     source = torch.rand(1, 7, 256) if layer == "linear" else torch.rand(1, 4, 16, 16)
     expected = prompt(module(source), condition, source)
     folded = prompt.folded(module.weight, condition)

@@ -36,6 +36,7 @@ __all__ = [
     "draw_severities",
     "find_images",
     "load_photos",
+    "mirrored_to",
     "with_surroundings",
 ]
 
@@ -151,7 +152,7 @@ class CropSampler:
             if min(photo.shape[1:]) < side:
                 photo = pyramid[0]
             if min(photo.shape[1:]) < side:
-                photo = _enlarge(photo, side)
+                photo = mirrored_to(photo, side)
             top, left = (_integer(have - side + 1, generator) for have in photo.shape[1:])
             crop = photo[:, top : top + side, left : left + side]
             if attempt == 3 or crop.float().std() > 255 * _FLAT or _integer(8, generator) == 0:
@@ -290,8 +291,8 @@ def _resize(photo: Tensor, scale: float) -> Tensor:
     return resized[0].round().clamp(0, 255).byte()
 
 
-def _enlarge(photo: Tensor, side: int) -> Tensor:
-    """Mirror a photograph outwards until it holds a crop of ``side``."""
+def mirrored_to(photo: Tensor, side: int) -> Tensor:
+    """Mirror an image (C, H, W) outwards until it holds a crop of ``side``."""
     while min(photo.shape[1:]) < side:
         photo = torch.cat([photo, photo.flip(1)], dim=1)
         photo = torch.cat([photo, photo.flip(2)], dim=2)

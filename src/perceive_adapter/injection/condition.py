@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceive_adapter.config import SOURCES, AdapterConfig
@@ -23,9 +24,16 @@ class ConditionEncoder(nn.Module):
     Perceive-IR's prompt guidance module (https://arxiv.org/abs/2408.15994); without semantic
     vectors there is one depth. The compact features are trained here, with the adapter.
 
+    What leaves is ``strength * [c, 1]``. The strength is 1, or, where ``config.treats`` names
+    degradations, tells whether one of them is perceived: where none is, no prompt does anything.
+
     Args:
         config: with ``sources`` set, or none for the compact features alone.
         image_channels: channels of the image that the compact features read.
+
+    Raises:
+        ConfigError: nothing steers the prompts, or ``config.treats`` names columns that
+            ``sources["degradations"]`` does not have.
     """
 
     def __init__(self, config: AdapterConfig, image_channels: int) -> None:
@@ -40,6 +48,7 @@ class ConditionEncoder(nn.Module):
             )
         # In one order, whatever the mapping's: JSON does not keep it.
         self.sources = {name: sources[name] for name in SOURCES if name in sources}
+        self.treat(config.treats)
         self.compact = (
             CompactFeatures(image_channels, self.sources["compact"])
             if "compact" in self.sources
@@ -51,8 +60,22 @@ class ConditionEncoder(nn.Module):
             nn.Linear(HIDDEN, config.condition_dim),
         )
 
+    def treat(self, columns: tuple[int, ...] | None) -> None:
+        """Set which columns of ``perception.degradations`` make the strength; None: it is 1.
+
+        Raises:
+            ConfigError: a column is not there.
+        """
+        width = self.sources.get("degradations", 0)
+        if columns is not None and max(columns) >= width:
+            raise ConfigError(
+                f"treats={columns} names columns of perception.degradations, of which this "
+                f"adapter's sources have {width}: expected columns that are there"
+            )
+        self.treats = columns
+
     def forward(self, perception: Perception) -> Tensor:
-        """Return the condition (B, L, C) of a perception; L = 1 without semantic vectors.
+        """Return the condition (B, L, C + 1) of a perception; L = 1 without semantic vectors.
 
         Raises:
             PerceptionError: a source is missing or has another width.
@@ -75,4 +98,14 @@ class ConditionEncoder(nn.Module):
         depths = max(part.shape[1] for part in parts)
         joined = torch.cat([part.expand(-1, depths, -1) for part in parts], dim=-1)
         condition: Tensor = self.mix(joined)
-        return condition
+        return F.pad(condition, (0, 1), value=1.0) * self._strength(perception, condition)
+
+    def _strength(self, perception: Perception, like: Tensor) -> Tensor:
+        """Return how strongly the prompts work on each image, (B, 1, 1) in [0, 1]."""
+        if self.treats is None:
+            return like.new_ones(1, 1, 1)
+        assert perception.degradations is not None
+        absent = 1 - perception.degradations[:, list(self.treats)].to(like).clamp(0, 1)
+        present = 1 - absent.prod(dim=1)
+        # A smooth step: what is hardly perceived counts for less, what is clearly so for all.
+        return (present.square() * (3 - 2 * present))[:, None, None]

@@ -26,7 +26,7 @@ def folded_weights(injector: PromptInjector, condition: Tensor) -> Iterator[None
     Args:
         injector: attached, and armed with ``condition`` for what does not fold; the caller sees
             to it that one thread at a time runs its backbone.
-        condition: (1, L, C).
+        condition: (1, L, C + 1).
     """
     swapped: list[tuple[nn.Module, PromptSite, nn.Parameter]] = []
     try:

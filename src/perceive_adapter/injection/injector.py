@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -50,11 +51,11 @@ class PromptSite(nn.Module):
         return changed
 
     def condition(self) -> Tensor:
-        """Return what this site sees of the condition, (B, C): the vector of its depth."""
+        """Return what this site sees of the condition, (B, C + 1): the vector of its depth."""
         return self.at_depth(self.state.current())
 
     def at_depth(self, condition: Tensor) -> Tensor:
-        """Select this site's depth from (B, L, C)."""
+        """Select this site's depth from (B, L, C + 1)."""
         return condition[:, int(self.depth * condition.shape[1])]
 
 
@@ -169,8 +170,21 @@ class PromptInjector(nn.Module):
             )
         return Perception(compact=self.encoder.compact(image))
 
+    def treat(self, columns: tuple[int, ...] | None) -> None:
+        """Limit the prompts to images in which one of these degradations is perceived.
+
+        Args:
+            columns: of ``perception.degradations``; None lifts the limit.
+
+        Raises:
+            ConfigError: a column is not there.
+        """
+        config = dataclasses.replace(self.config, treats=columns)
+        self.encoder.treat(columns)
+        self.config = config
+
     def arm(self, condition: Tensor) -> None:
-        """Set the condition (B, L, C) for the forward pass that follows."""
+        """Set the condition (B, L, C + 1) for the forward pass that follows."""
         self.state.arm(condition)
 
     def disarm(self) -> None:

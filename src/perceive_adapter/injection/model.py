@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceive_adapter.errors import BackboneError, ImageError, PerceptionError
+from perceive_adapter.errors import BackboneError, ConfigError, ImageError, PerceptionError
 from perceive_adapter.injection.adapters import AdapterSet
 from perceive_adapter.injection.checkpoint import push_adapter, save_adapter
 from perceive_adapter.injection.folding import folded_weights
@@ -273,6 +273,27 @@ class PerceiveModel(nn.Module):
             SiteError: a pattern matches no parameter.
         """
         return self.frozen.unfreeze(patterns)
+
+    def treat(self, *degradations: str) -> None:
+        """Let the active adapter work only where one of these degradations is perceived.
+
+        On other images the backbone is left alone, more so the surer the perceiver is: its own
+        task stays as it is, and so does whatever the adapter has never been trained on.
+
+        Args:
+            *degradations: of ``model.perceiver.degradations``; none lifts the limit.
+
+        Raises:
+            ConfigError: a name is not among them, or nothing tells the adapter of degradations.
+        """
+        known = self.perceiver.degradations if self.perceiver is not None else ()
+        if unknown := [name for name in degradations if name not in known]:
+            told = f"tells {', '.join(known)}" if known else "is not there or tells none"
+            raise ConfigError(
+                f"{', '.join(unknown)} cannot be told apart: this model's perceiver {told}. Name "
+                "some of these, or wrap with a perceiver that tells degradations"
+            )
+        self.injector.treat(tuple(known.index(name) for name in degradations) or None)
 
     def train(self, mode: bool = True) -> PerceiveModel:
         """Set training mode; normalisation statistics and frozen towers stay as they are."""

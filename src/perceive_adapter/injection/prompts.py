@@ -4,9 +4,13 @@ A prompt module is built for one site and called by that site's hook::
 
     module(features, condition, source) -> features
 
-``features`` is the output of the hooked module, in any layout; ``condition`` (B, C) is what the
+``features`` is the output of the hooked module, in any layout; ``condition`` (B, C + 1) is what the
 condition encoder made of the perception, B = 1 where all images share one; ``source`` is the
 input of the hooked module. The result has the shape and the dtype of ``features``.
+
+A condition is ``strength * [c, 1]``: the last entry takes the place of a bias, and everything that
+a prompt module adds is linear in the condition. So the strength scales what it adds, and at 0 the
+features stay as they are, bit for bit.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ class Modulation(nn.Module):
     def __init__(self, site: Site, config: AdapterConfig) -> None:
         super().__init__()
         self.layout = site.layout
-        self.to_scale_shift = _zeroed(nn.Linear(config.condition_dim, 2 * site.channels))
+        self.to_scale_shift = _zeroed(_linear_in_condition(config, 2 * site.channels))
 
     def forward(self, features: Tensor, condition: Tensor, source: Tensor) -> Tensor:
         """Modulate ``features``."""
@@ -75,7 +79,8 @@ class ChannelCrossAttention(nn.Module):
 
     Queries come from the guided features, keys and values from the features. Queries and keys are
     L2-normalised along space, the softmax runs over channels, so the cost is linear in H * W.
-    The attention works in ``attention_dim`` channels to keep within an adapter's budget.
+    The attention works in ``attention_dim`` channels to keep within an adapter's budget; the
+    strength of the condition scales what it adds.
 
     Source: Perceive-IR, IEEE TIP 2025, prompt-guided cross attention; transposed attention,
     Restormer, https://arxiv.org/abs/2111.09881.
@@ -106,7 +111,8 @@ class ChannelCrossAttention(nn.Module):
         mixed = (scores * self.temperature).softmax(dim=-1).to(value.dtype) @ value
         mixed = rearrange(mixed, "b h c n -> b n (h c)").reshape(*tokens.shape[:-1], -1)
         attended: Tensor = self.to_out(mixed).movedim(-1, self.channel_axis).to(guided.dtype)
-        return guided + attended
+        strength = self.guide.layout.spread(condition[:, -1:], attended).to(attended.dtype)
+        return guided + attended * strength
 
     def _split(self, tokens: Tensor) -> Tensor:
         return rearrange(tokens.flatten(1, -2), "b n (h c) -> b h c n", h=self.heads)
@@ -141,8 +147,8 @@ class GatedLowRank(nn.Module):
             self.down = nn.Conv2d(inputs, site.rank, (kernel[0], kernel[1]), bias=False, **walk)
             self.up = nn.Conv2d(site.rank, outputs, 1, bias=False)
         _zeroed(self.up)
-        self.gate = nn.Linear(config.condition_dim, site.rank)
-        nn.init.ones_(self.gate.bias)
+        self.gate = _linear_in_condition(config, site.rank)
+        nn.init.ones_(self.gate.weight[:, -1])
 
     def forward(self, features: Tensor, condition: Tensor, source: Tensor) -> Tensor:
         """Add the branch's output to the layer's."""
@@ -152,7 +158,7 @@ class GatedLowRank(nn.Module):
         return features + branch
 
     def folded(self, weight: Tensor, condition: Tensor) -> Tensor:
-        """Return ``weight + up diag(gate) down`` for a condition (1, C)."""
+        """Return ``weight + up diag(gate) down`` for a condition (1, C + 1)."""
         gate = self.gate(condition).squeeze(0)
         up = self.up.weight.flatten(1) * gate
         branch = up @ self.down.weight.flatten(1)
@@ -181,6 +187,11 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, nn.Conv2d):
         return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else ()
+
+
+def _linear_in_condition(config: AdapterConfig, outputs: int) -> nn.Linear:
+    """A linear map of a condition, whose last column is the bias, scaled by the strength."""
+    return nn.Linear(config.condition_dim + 1, outputs, bias=False)
 
 
 def _zeroed(layer: M) -> M:

@@ -30,7 +30,7 @@ class ConditionState:
         self.pending: WeakSet[ForwardPass] = WeakSet()
 
     def arm(self, condition: Tensor) -> None:
-        """Set the condition (B, L, C) of the forward pass that begins."""
+        """Set the condition (B, L, C + 1) of the forward pass that begins."""
         if not torch.compiler.is_compiling() and condition.requires_grad:
             this = ForwardPass()
             self.pending.add(this)
@@ -39,7 +39,7 @@ class ConditionState:
         self.armed = True
 
     def current(self) -> Tensor:
-        """Return the condition (B, L, C).
+        """Return the condition (B, L, C + 1).
 
         Raises:
             PerceptionError: no forward pass is under way, or a backward pass runs hooks again and

@@ -125,8 +125,8 @@ def _attached(injector: PromptInjector, backbone: nn.Module) -> Iterator[None]:
     injector.attach(backbone)
     try:
         weight = next(injector.parameters())
-        width, depths = injector.config.condition_dim, 1
-        injector.arm(torch.linspace(-1, 1, width).to(weight).expand(1, depths, width))
+        width = injector.config.condition_dim + 1
+        injector.arm(torch.linspace(-1, 1, width).to(weight).expand(1, 1, width))
         yield
     finally:
         injector.disarm()

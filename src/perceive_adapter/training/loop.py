@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import CheckpointError, TrainingError
+from perceive_adapter.training.checkpoints import REMEDY, read_checkpoint, write_checkpoint
 
 __all__ = ["Ahead", "Schedule", "seeded", "train"]
 
@@ -51,12 +51,12 @@ class Schedule:
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * fall
 
 
-def seeded(seed: int, step: int, stream: int = 0) -> torch.Generator:
+def seeded(seed: int, step: int) -> torch.Generator:
     """Return the generator of one step: what is drawn hangs on the step, not on a history.
 
-    Trainings of one seed draw from different streams.
+    Of its seed torch's generator takes the lowest 32 bits.
     """
-    return torch.Generator().manual_seed((stream << 40) + seed * 1_000_003 + step)
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 class Ahead(Generic[T]):
@@ -151,20 +151,13 @@ def _save(
     schedule: Schedule,
     step: int,
 ) -> None:
-    """Write the state beside the old one and move it into place: one of them is always whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "step": step,
         "schedule": asdict(schedule),
         "modules": {name: module.state_dict() for name, module in modules.items()},
         "optimizer": optimizer.state_dict(),
     }
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with draft.open("wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, file)
+    write_checkpoint(file, state)
 
 
 def _resume(
@@ -174,25 +167,19 @@ def _resume(
     schedule: Schedule,
 ) -> int:
     """Load the state where there is one, and return the step to go on from."""
-    if file is None or not file.exists():
+    state = read_checkpoint(file, _STATE) if file is not None else None
+    if state is None:
         return 0
-    remedy = "Give another output folder, or delete it to start afresh."
-    try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of torch.load
-        raise CheckpointError(f"{str(file)!r} is no checkpoint ({error}). {remedy}") from error
-    if not isinstance(state, dict) or not state.keys() >= _STATE:
-        raise CheckpointError(f"{str(file)!r} is no checkpoint of a training run. {remedy}")
     if state["schedule"] != asdict(schedule) or state["modules"].keys() != modules.keys():
         raise CheckpointError(
             f"{str(file)!r} was written by a run of {list(state['modules'])} with "
             f"{state['schedule']}: expected {list(modules)} with {asdict(schedule)}. Run with the "
-            f"same options, or: {remedy}"
+            f"same options, or: {REMEDY}"
         )
     try:
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{str(file)!r} is of another model: {error} {remedy}") from error
+        raise CheckpointError(f"{str(file)!r} is of another model: {error} {REMEDY}") from error
     return int(state["step"])

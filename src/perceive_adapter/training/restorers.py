@@ -108,7 +108,7 @@ def _loss(
     restorer: SmallRestorer, sampler: CropSampler, seed: int, device: torch.device | str
 ) -> Callable[[int], Tensor]:
     def loss_at(step: int) -> Tensor:
-        generator = seeded(seed, step, stream=1)
+        generator = seeded(seed, step)
         photos = sampler.draw(_BATCH, with_surroundings(_SIDE), generator)
         damaged = degrade_each(photos, draw_severities(_BATCH, generator), generator).degraded
         clean, degraded = cut((photos, damaged), _SIDE, generator)

@@ -116,7 +116,7 @@ def train_perceiver(
     by_severity = perceiver.heads is not None or recipe.graded > 0
 
     def draw(step: int) -> tuple[Tensor, ...]:
-        generator = seeded(recipe.seed, step, stream=2)
+        generator = seeded(recipe.seed, step)
         side = recipe.sides[step % len(recipe.sides)]
         scenes = draw_scenes(folds, with_surroundings(side), recipe, generator)
         triplets = draw_tiers(scenes, mediums, side, generator)

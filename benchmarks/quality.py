@@ -1,0 +1,181 @@
+"""What restores best at equal steps: LoRA, everything, or a wrapped network; and what helps it.
+
+    python benchmarks/quality.py --data DIR
+
+One network that was trained on noise alone (the demo's NAFNet) learns noise, rain, haze and low
+light in the ways of `restoration_rows/rows.py`, by the same loop, on the same samples. A row that
+names its learning rates is trained with each of them at the first seed, and keeps the one with the
+best mean PSNR on photographs that were set aside from DIR/train/clean; every row is then trained
+with every seed, and reported on DIR/test, whole images in RGB.
+
+Every finished run is kept in out/quality, so that the command goes on where it was stopped, and
+`--rows` can be given in several processes; `--report` prints what is there.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from environment import describe
+from restoration_rows.images import MIXTURES, TASKS, UNSEEN, damaged, measure, real_pairs, split
+from restoration_rows.images import test_photos as load_test_photos
+from restoration_rows.rows import ROWS, Row
+from restoration_rows.tables import report
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import perceive_adapter
+from perceive_adapter import QualityPerceiver
+from perceive_adapter.data.restoration import CleanPhotos, RestorationData
+from perceive_adapter.data.samples import CropSampler
+from perceive_adapter.training.loop import Schedule
+from perceive_adapter.training.stage2 import Stage2, train_restoration
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
+from denoiser import load_denoiser
+
+KEPT = Path("out/quality")
+BATCH, CONTEXT, PATCH = 8, 128, 64
+
+
+class Bench:
+    """The images, and the runs that are finished."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        self.arguments = arguments
+        trained_on, chosen_on = split(arguments.data)
+        self.photos = CropSampler(trained_on)
+        self.validation = damaged(chosen_on, TASKS)
+        photos = load_test_photos(arguments.data, arguments.images)
+        others = damaged(photos[::2], (*MIXTURES, *UNSEEN))
+        self.test = damaged(photos, TASKS) + others + real_pairs(arguments.data)
+        self.perceiver = QualityPerceiver.from_pretrained("perceive-tiny").fingerprint()
+
+    def bare(self) -> dict[str, dict[str, float]]:
+        """Measure the backbone untouched."""
+        backbone = load_denoiser()
+        file = self._file({"row": "backbone"})
+        if not file.exists():
+            keep(file, {"trainable": 0, "test": measure(lambda c: backbone(c.degraded), self.test)})
+        return json.loads(file.read_text())
+
+    def rate(self, name: str) -> float:
+        """Return the row's learning rate, tuned on the validation photographs."""
+        row = ROWS[ROWS[name].like or name]
+        like = ROWS[name].like or name
+        runs = {rate: self.run(like, self.arguments.seeds[0], rate) for rate in row.rates}
+        means = {rate: _mean(run["validation"]) for rate, run in runs.items()}
+        return max(means, key=means.__getitem__)
+
+    def run(self, name: str, seed: int, rate: float) -> dict:
+        """Train once, measure on the validation photographs and keep the weights; or read them."""
+        row = ROWS[name]
+        settings = {"row": name, "seed": seed, "rate": rate, "weights": repr(row.weights)}
+        file = self._file(settings)
+        if not file.exists():
+            started = time.perf_counter()
+            model = self.train(row, seed, rate)
+            found = {**settings, "seconds": round(time.perf_counter() - started)}
+            trained = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+            save_file(trained, file.with_suffix(".safetensors"))
+            found["trainable"] = sum(p.numel() for p in trained.values())
+            found["validation"] = measure(row.restore(model.eval()), self.validation)
+            keep(file, found)
+            print(
+                f"{name}, seed {seed}, rate {rate:g}: {_mean(found['validation']):.2f}", flush=True
+            )
+        return json.loads(file.read_text())
+
+    def tested(self, name: str, seed: int, rate: float) -> dict:
+        """Measure a run on the test images, once."""
+        found, row = self.run(name, seed, rate), ROWS[name]
+        if "test" not in found:
+            file = self._file({k: found[k] for k in ("row", "seed", "rate", "weights")})
+            model = row.make(load_denoiser(), self.data(seed)).eval()
+            with torch.no_grad():
+                for key, value in load_file(file.with_suffix(".safetensors")).items():
+                    model.get_parameter(key).copy_(value)
+            found["test"] = measure(row.restore(model), self.test)
+            keep(file, found)
+            shown = [f"{found['test'][task]:.2f}" for task in TASKS]
+            print(f"{name}, seed {seed}, tested: {', '.join(shown)}", flush=True)
+        return found
+
+    def data(self, seed: int) -> RestorationData:
+        source = CleanPhotos(self.photos, TASKS)
+        return RestorationData([source], context=CONTEXT, patch=PATCH, seed=seed)
+
+    def train(self, row: Row, seed: int, rate: float) -> nn.Module:
+        """Make the row's model and train it."""
+        data = self.data(seed)
+        set_seed(seed)
+        model = row.make(load_denoiser(), data)
+        steps = self.arguments.steps
+        schedule = Schedule(steps, rate, rate / 100, warmup=steps // 10)
+        train_restoration(
+            model,
+            data,
+            recipe=Stage2(schedule, batch=BATCH, weights=row.weights, probe_every=steps),
+            objective=row.objective(model),
+            perceive=row.told(),
+            accelerator=Accelerator(cpu=self.arguments.cpu),
+        )
+        return model
+
+    def _file(self, settings: dict) -> Path:
+        """Where a run is kept: by all that decides it."""
+        arguments = self.arguments
+        decides = {**settings, "steps": arguments.steps, "images": arguments.images}
+        decides |= {"perceiver": self.perceiver, "torch": torch.__version__}
+        decides["damage"] = [f"{case.degraded.mean():.2f}" for case in self.test[::7]]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        return KEPT / f"{digest}.json"
+
+
+def keep(file: Path, found: dict) -> None:
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps({**found, "version": perceive_adapter.__version__}, indent=1))
+    draft.replace(file)
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values[task] for task in TASKS) / len(TASKS)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--images", type=int, default=16, help="test photographs for each damage")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--out", type=Path, help="Markdown file to write the tables to")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    bench = Bench(arguments)
+    bare = bench.bare()
+    rows = {}
+    for name in arguments.rows:
+        rate = bench.rate(name)
+        rows[name] = [bench.tested(name, seed, rate) for seed in arguments.seeds]
+    text = "\n".join([describe(), "", *report(bare, rows), ""])
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

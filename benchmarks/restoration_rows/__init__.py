@@ -1,0 +1,1 @@
+"""What `quality.py` compares: rows, the images that they are measured on, and tables."""

@@ -1,0 +1,118 @@
+"""The ways to make one network restore more; each is trained by the same loop on the same data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from perceive_adapter import AdapterConfig, PerceiveModel, Perception, wrap
+from perceive_adapter.data import FAMILIES
+from perceive_adapter.data.restoration import RestorationData
+from perceive_adapter.losses import ClipAwareLoss, ObjectiveWeights, RestorationObjective
+from perceive_adapter.training.restoration import Perceive
+from perceive_adapter.training.treated import find_treated
+from restoration_rows.images import Case
+
+OURS = ObjectiveWeights(l1=1.0, contrastive=0.1, clip_aware=0.0, difficulty_adaptive=0.0)
+L1 = ObjectiveWeights(l1=1.0, contrastive=0.0, clip_aware=0.0, difficulty_adaptive=0.0)
+TOLD = {"degradations": len(FAMILIES), "severity": len(FAMILIES)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a model is made of a backbone, and what its objective is.
+
+    Args:
+        make: from the trained backbone to what is trained.
+        weights: of the objective.
+        perceive: what a wrapped model is told of a case in place of what it perceives.
+        like: row whose learning rate it takes over; None tunes its own.
+    """
+
+    make: Callable[[nn.Module, RestorationData], nn.Module]
+    weights: ObjectiveWeights = L1
+    perceive: Callable[[PerceiveModel, Tensor, Tensor], Perception] | None = None
+    like: str | None = "wrapped"
+    rates: tuple[float, ...] = field(default=(1e-3, 2e-3, 5e-3))
+
+    def restore(self, model: nn.Module) -> Callable[[Case], Tensor]:
+        """Return what restores a case."""
+        told = self.perceive
+        if told is None or not isinstance(model, PerceiveModel):
+            return lambda case: model(case.degraded)
+        return lambda case: model(
+            case.degraded, perception=told(model, case.degraded, case.severity)
+        )
+
+    def told(self) -> Perceive | None:
+        """Return what a batch's perception is while the row trains."""
+        told = self.perceive
+        if told is None:
+            return None
+        return lambda model, samples: told(model, samples.context, samples.severity)
+
+    def objective(self, model: nn.Module) -> RestorationObjective:
+        """Build the objective."""
+        aware = None
+        if self.weights.clip_aware:
+            assert isinstance(model, PerceiveModel)
+            aware = ClipAwareLoss(model.perceiver)
+        return RestorationObjective(self.weights, clip_aware=aware)
+
+
+def lora(rank: int) -> Callable[[nn.Module, RestorationData], nn.Module]:
+    """peft's LoRA on every dense convolution and linear layer."""
+
+    def make(backbone: nn.Module, _: RestorationData) -> nn.Module:
+        dense = [
+            name
+            for name, module in backbone.named_modules()
+            if isinstance(module, nn.Linear)
+            or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        ]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=dense)
+        return get_peft_model(backbone, config)
+
+    return make
+
+
+def everything(backbone: nn.Module, _: RestorationData) -> nn.Module:
+    return backbone.requires_grad_(True)
+
+
+def wrapped(
+    *, treat: bool = True, unfreeze: bool = False, perceiver: Any = None, **config: Any
+) -> Callable[[nn.Module, RestorationData], nn.Module]:
+    def make(backbone: nn.Module, data: RestorationData) -> nn.Module:
+        model = wrap(backbone, config=AdapterConfig(**config), perceiver=perceiver)
+        if treat:
+            model.treat(*find_treated(model, data))
+        if unfreeze:
+            model.unfreeze("**")
+        return model
+
+    return make
+
+
+def oracle(*, severity: bool) -> Callable[[PerceiveModel, Tensor, Tensor], Perception]:
+    def told(_: PerceiveModel, degraded: Tensor, truth: Tensor) -> Perception:
+        present = (truth > 0).float()
+        return Perception(degradations=present, severity=truth if severity else present / 2)
+
+    return told
+
+
+def nothing(model: PerceiveModel, degraded: Tensor, _: Tensor) -> Perception:
+    seen = model.perceive(degraded)
+    return replace(seen, **{name: torch.zeros_like(value) for name, value in seen.known().items()})
+
+
+ROWS: dict[str, Row] = {
+    "LoRA": Row(lora(14), like=None),
+    "everything": Row(everything, like=None, rates=(5e-4, 1e-3, 2e-3)),
+    "wrapped": Row(wrapped(), OURS, like=None),
+    "wrapped, works everywhere": Row(wrapped(treat=False), OURS),
+}

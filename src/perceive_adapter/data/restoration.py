@@ -1,0 +1,290 @@
+"""What restoration is trained on: degraded crops and their targets, each decided by its index."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from perceive_adapter.data.degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
+from perceive_adapter.data.pairs import Pair, read_pair
+from perceive_adapter.data.samples import CropSampler, as_file, mirrored_to
+from perceive_adapter.errors import ConfigError, ImageError
+
+__all__ = [
+    "CleanPhotos",
+    "Drawn",
+    "PairFiles",
+    "RestorationData",
+    "RestorationSample",
+    "Source",
+]
+
+_GOLDEN: Final = (5**0.5 - 1) / 2
+_CACHE: Final = 2**30  # bytes of decoded pairs that are kept in memory
+_SEEDS: Final = 1_000_003
+
+
+class Drawn(NamedTuple):
+    """One degraded image, (3, S, S) in [0, 1], its target, and what is known of it.
+
+    The severity (D,) of each of ``FAMILIES`` is NaN where nobody knows it.
+    """
+
+    degraded: Tensor
+    target: Tensor
+    severity: Tensor
+
+
+class Source(Protocol):
+    """Draws degraded crops of one or several tasks."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What can be drawn, by name."""
+        ...
+
+    def draw(self, task: str, side: int, generator: torch.Generator) -> Drawn:
+        """Draw a crop of ``side`` pixels; everything random comes from the generator."""
+        ...
+
+
+class CleanPhotos:
+    """Clean photographs that are degraded while they are drawn.
+
+    Args:
+        photos: what crops are drawn from.
+        tasks: names of ``DEGRADATIONS``, several of them joined by ``+`` for a mixture, such as
+            ``"gaussian_noise+rain"``.
+        severity: least and greatest, in [0, 1]; each degradation's is drawn evenly from between.
+
+    Raises:
+        ConfigError: a task names no degradation, or the severities are no such range.
+    """
+
+    def __init__(
+        self,
+        photos: CropSampler,
+        tasks: Sequence[str] = tuple(DEGRADATIONS),
+        severity: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        for task in tasks:
+            for name in task.split("+"):
+                if name not in DEGRADATIONS:
+                    raise ConfigError(
+                        f"the task {task!r} names no degradation: expected one of "
+                        f"{', '.join(DEGRADATIONS)}, or several of them joined by +."
+                    )
+        if not 0 <= severity[0] <= severity[1] <= 1:
+            raise ConfigError(f"severity={severity}: expected least and greatest in [0, 1].")
+        self.photos, self.tasks, self.severity = photos, tuple(tasks), severity
+
+    def draw(self, task: str, side: int, generator: torch.Generator) -> Drawn:
+        """Draw a crop and degrade it as ``task`` says."""
+        low, high = self.severity
+        names = task.split("+")
+        drawn = (low + (high - low) * torch.rand(len(names), generator=generator)).tolist()
+        severities = dict(zip(names, drawn, strict=True))
+        clean = self.photos.draw(1, side, generator)
+        degraded = as_file(mix(clean, severities, generator))
+        known = torch.zeros(len(FAMILIES))
+        for name, value in severities.items():
+            column = FAMILIES.index(FAMILY_OF[name])
+            known[column] = max(float(known[column]), value)
+        return Drawn(degraded[0], clean[0], known)
+
+
+class PairFiles:
+    """Pairs of files, such as :func:`~perceive_adapter.data.pairs.find_pairs` finds.
+
+    Decoded pairs are kept in memory as long as they fit into a gigabyte.
+
+    Args:
+        pairs: their groups are the tasks.
+        broken: what to do with a file that turns out to be cut short when it is read: raise an
+            error that names it, or warn and take the next pair of its task.
+
+    Raises:
+        ConfigError: there is no pair.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], *, broken: Literal["raise", "skip"] = "raise"
+    ) -> None:
+        if not pairs:
+            raise ConfigError("got no pairs to draw crops from: give at least one.")
+        self.broken = broken
+        self.skipped: set[Pair] = set()
+        self._pairs: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            self._pairs.setdefault(pair.group, []).append(pair)
+        self._kept: dict[Pair, tuple[Tensor, Tensor]] = {}
+        self._room = _CACHE
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The groups of the pairs."""
+        return tuple(self._pairs)
+
+    def draw(self, task: str, side: int, generator: torch.Generator) -> Drawn:
+        """Draw a crop of a pair; a smaller image is continued by its mirror images.
+
+        Raises:
+            ImageError: a file is cut short, and is not to be skipped, or all of the task's are.
+        """
+        pairs = self._pairs[task]
+        degraded, target = self._read(pairs, _integer(len(pairs), generator))
+        both = mirrored_to(torch.cat([degraded, target]), side)
+        top, left = (_integer(have - side + 1, generator) for have in both.shape[1:])
+        both = both[:, top : top + side, left : left + side]
+        if _integer(2, generator):
+            both = both.flip(2)
+        first, second = both.float().div(255).chunk(2)
+        return Drawn(first, second, torch.full((len(FAMILIES),), torch.nan))
+
+    def _read(self, pairs: Sequence[Pair], start: int) -> tuple[Tensor, Tensor]:
+        for offset in range(len(pairs)):
+            pair = pairs[(start + offset) % len(pairs)]
+            if pair in self.skipped:
+                continue
+            try:
+                return self._decoded(pair)
+            except ImageError as error:
+                if self.broken == "raise":
+                    raise ImageError(
+                        f'{error}. Mend or remove the pair, or leave it out with broken="skip".'
+                    ) from error
+                self.skipped.add(pair)
+                warnings.warn(f"skipped a pair: {error}", stacklevel=4)
+        raise ImageError(f"none of the {len(pairs)} pairs of a task can be read: mend its files.")
+
+    def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        if pair in self._kept:
+            return self._kept[pair]
+        images = read_pair(pair)
+        size = sum(image.numel() for image in images)
+        if size <= self._room:
+            self._room -= size
+            self._kept[pair] = images
+        return images
+
+
+class RestorationSample(NamedTuple):
+    """One sample, or a batch of them with a first dimension more.
+
+    Args:
+        context: (3, S, S) in [0, 1], the degraded image as it is perceived.
+        degraded: (3, P, P), the part of it that is restored.
+        target: (3, P, P).
+        task: (), column of the data's ``tasks``.
+        severity: (D,) of each of ``FAMILIES``, NaN where it is unknown.
+    """
+
+    context: Tensor
+    degraded: Tensor
+    target: Tensor
+    task: Tensor
+    severity: Tensor
+
+
+class RestorationData(Dataset[RestorationSample]):
+    """An endless row of samples; the sample at an index is the same in every run and process.
+
+    Args:
+        sources: where the tasks come from.
+        context: side in pixels of the crops that are perceived.
+        patch: side in pixels of the part of them that is restored, at most ``context``.
+        ratios: how often each task is drawn, relative to the others, by its name; 1 where nothing
+            is said, 0 leaves it out.
+        seed: of everything random.
+
+    Raises:
+        ConfigError: two sources have a task of one name, a ratio is of none, negative, or leaves no
+            task, or the sides do not fit.
+
+    Example:
+        >>> from perceive_adapter.data.samples import CropSampler
+        >>> photos = CropSampler([torch.arange(3 * 64 * 64).view(3, 64, 64).byte()])
+        >>> data = RestorationData([CleanPhotos(photos, ["rain", "haze"])], context=32, patch=16)
+        >>> data.tasks, data[7].degraded.shape
+        (('rain', 'haze'), torch.Size([3, 16, 16]))
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        context: int,
+        patch: int,
+        ratios: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < patch <= context:
+            raise ConfigError(
+                f"got patch={patch} and context={context}: expected a patch above 0 that fits into "
+                "the context."
+            )
+        self._source_of: dict[str, Source] = {}
+        for source in sources:
+            for task in source.tasks:
+                if task in self._source_of:
+                    raise ConfigError(f"two sources have a task {task!r}: rename or leave out one.")
+                self._source_of[task] = source
+        self.tasks = tuple(self._source_of)
+        self.context, self.patch, self.seed = context, patch, seed
+        self._bounds = _shares(self.tasks, ratios or {}).cumsum(0)
+
+    def __getitem__(self, index: int) -> RestorationSample:
+        """Draw the sample at ``index``."""
+        # The golden ratio's multiples fill [0, 1) evenly: every batch has each task's share.
+        place = torch.tensor((index + 0.5) * _GOLDEN % 1, dtype=torch.float64)
+        column = int(torch.searchsorted(self._bounds, place, right=True))
+        return self.draw(min(column, len(self.tasks) - 1), self._generator(index))
+
+    def draw(self, column: int, generator: torch.Generator) -> RestorationSample:
+        """Draw a sample of the task in this column."""
+        task = self.tasks[column]
+        drawn = self._source_of[task].draw(task, self.context, generator)
+        top, left = (_integer(self.context - self.patch + 1, generator) for _ in range(2))
+        window = (..., slice(top, top + self.patch), slice(left, left + self.patch))
+        return RestorationSample(
+            drawn.degraded,
+            drawn.degraded[window],
+            drawn.target[window],
+            torch.tensor(column),
+            drawn.severity,
+        )
+
+    def probe(self, each: int) -> RestorationSample:
+        """Return a fixed batch of ``each`` samples of every task that is drawn, task by task."""
+        drawn = [c for c, share in enumerate(self._bounds.diff(prepend=torch.zeros(1))) if share]
+        samples = [
+            self.draw(column, self._generator(-1 - index))
+            for index, column in enumerate(column for column in drawn for _ in range(each))
+        ]
+        return RestorationSample(*map(torch.stack, zip(*samples, strict=True)))
+
+    def _generator(self, index: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * _SEEDS + index) % 2**32)
+
+
+def _shares(tasks: Sequence[str], ratios: Mapping[str, float]) -> Tensor:
+    if unknown := [name for name in ratios if name not in tasks]:
+        raise ConfigError(
+            f"ratios of {', '.join(unknown)}, which is no task: the tasks are {', '.join(tasks)}."
+        )
+    values = [float(ratios.get(task, 1.0)) for task in tasks]
+    if not values or min(values) < 0 or not 0 < sum(values) < float("inf"):
+        raise ConfigError(
+            f"the ratios {dict(zip(tasks, values, strict=True))} cannot be drawn by: expected "
+            "numbers of 0 or more, one of them above 0."
+        )
+    return torch.tensor(values, dtype=torch.float64) / sum(values)
+
+
+def _integer(limit: int, generator: torch.Generator) -> int:
+    return int(torch.randint(limit, (), generator=generator))

@@ -1,0 +1,46 @@
+"""Checkpoints of training runs: written whole or not at all, read without unpickling code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from perceive_adapter.errors import CheckpointError
+
+__all__ = ["REMEDY", "read_checkpoint", "write_checkpoint"]
+
+REMEDY: Final = "Give another output folder, or delete it to start afresh."
+
+
+def write_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
+    """Write a state beside the old one and move it into place: one of them is always whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for left in file.parent.glob(f".{file.name}.*"):  # by a run that was killed while it wrote
+        left.unlink(missing_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    with draft.open("wb") as stream:
+        torch.save(dict(state), stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(draft, file)
+
+
+def read_checkpoint(file: Path, keys: Collection[str]) -> dict[str, Any] | None:
+    """Read a state that holds ``keys``, on the CPU; None where there is no file.
+
+    Raises:
+        CheckpointError: the file is damaged, or no checkpoint of that kind.
+    """
+    if not file.exists():
+        return None
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        raise CheckpointError(f"{str(file)!r} is no checkpoint ({error}). {REMEDY}") from error
+    if not isinstance(state, dict) or not state.keys() >= set(keys):
+        raise CheckpointError(f"{str(file)!r} is no checkpoint of a training run. {REMEDY}")
+    return state
