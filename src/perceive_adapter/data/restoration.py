@@ -104,7 +104,7 @@ class PairFiles:
     Decoded pairs are kept in memory as long as they fit into a gigabyte.
 
     Args:
-        pairs: their groups are the tasks.
+        pairs: their groups are the tasks, ``pairs`` where a group has no name.
         broken: what to do with a file that turns out to be cut short when it is read: raise an
             error that names it, or warn and take the next pair of its task.
 
@@ -121,7 +121,7 @@ class PairFiles:
         self.skipped: set[Pair] = set()
         self._pairs: dict[str, list[Pair]] = {}
         for pair in pairs:
-            self._pairs.setdefault(pair.group, []).append(pair)
+            self._pairs.setdefault(pair.group or "pairs", []).append(pair)
         self._kept: dict[Pair, tuple[Tensor, Tensor]] = {}
         self._room = _CACHE
 

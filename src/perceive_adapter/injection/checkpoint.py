@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from perceive_adapter import hub
@@ -39,6 +40,7 @@ __all__ = [
     "push_adapter",
     "read_adapter",
     "save_adapter",
+    "whole",
 ]
 
 FORMAT_VERSION = 1
@@ -107,10 +109,21 @@ def fingerprint(backbone: nn.Module, originals: Mapping[str, Tensor] | None = No
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
         if isinstance(value, Tensor):
-            value = (originals or {}).get(name, value).detach().cpu().contiguous()
+            value = whole((originals or {}).get(name, value)).detach().cpu().contiguous()
             digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
             digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return all of a tensor that FSDP may have sharded; every process must ask for it then."""
+    gathered: Tensor = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+    return gathered
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, without the second that importing the class takes."""
+    return hasattr(value, "full_tensor")
 
 
 def save_adapter(
@@ -141,6 +154,10 @@ def save_adapter(
     )
     tensors = {INJECTOR_PREFIX + k: v for k, v in model.injector.state_dict().items()}
     tensors |= {BACKBONE_PREFIX + name: value for name, value in frozen.changed().items()}
+    sharded = any(map(is_sharded, tensors.values()))
+    tensors = {name: whole(value) for name, value in tensors.items()}  # every process must gather
+    if sharded and dist.get_rank() != 0:
+        return
     save_folder(
         folder,
         config=to_dict(record),

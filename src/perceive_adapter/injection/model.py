@@ -352,6 +352,7 @@ class PerceiveModel(nn.Module):
         """Save the active adapter: ``adapter_config.json``, ``adapter_model.safetensors``, a card.
 
         Backbone parameters that were unfrozen are saved with it, the rest of the backbone is not.
+        Where FSDP has sharded the model every process must call it, and the first one writes.
         """
         save_adapter(self, folder)
 

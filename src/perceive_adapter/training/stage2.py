@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
 from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
+from perceive_adapter.injection.checkpoint import whole
 from perceive_adapter.losses import ObjectiveWeights, RestorationObjective
 from perceive_adapter.training.checkpoints import REMEDY, read_checkpoint, write_checkpoint
 from perceive_adapter.training.loop import Schedule
@@ -253,7 +254,7 @@ class _Run:
         self._finite_loss(done - 1)
         model = get_model_state_dict(self.step, options=_WHOLE)
         optimizer = get_optimizer_state_dict(self.step, self._torch_optimizer(), options=_WHOLE)
-        ema = [_whole(value) for value in self.ema]  # gathers, so every process must
+        ema = [whole(value).cpu() for value in self.ema]  # gathers, so every process must
         scaler = self.accelerator.scaler
         if self.accelerator.is_main_process:
             state = {
@@ -280,10 +281,7 @@ class _Run:
                     f"{str(file)!r} was written by a run whose {name} was {state[name]}: expected "
                     f"{value}. Run with the same options, or: {REMEDY}"
                 )
-        own = get_model_state_dict(self.step, options=_WHOLE)
-        if self.accelerator.is_main_process and own.keys() != state["model"].keys():
-            odd = sorted(own.keys() ^ state["model"].keys())
-            raise CheckpointError(f"{str(file)!r} is of another model: {odd[:5]} differ. {REMEDY}")
+        self._check_fits(state["model"], file)
         try:
             set_model_state_dict(self.step, state["model"], options=_WHOLE)
             optimizer = self._torch_optimizer()
@@ -295,6 +293,18 @@ class _Run:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return int(state["step"])
+
+    def _check_fits(self, saved: Mapping[str, Tensor], file: Path | None) -> None:
+        """Raise, before anything is loaded, if the saved state is of another model."""
+        inner = self.accelerator.unwrap_model(self.step)
+        frozen = {name for name, value in inner.named_parameters() if not value.requires_grad}
+        shapes = {k: v.shape for k, v in inner.state_dict().items() if k not in frozen}
+        found = {name: value.shape for name, value in saved.items()}
+        if odd := sorted(n for n in {**shapes, **found} if shapes.get(n) != found.get(n)):
+            raise CheckpointError(
+                f"{str(file)!r} is of another model: {len(odd)} tensors differ, such as "
+                f"{odd[0]}, {found.get(odd[0])} where {shapes.get(odd[0])} is expected. {REMEDY}"
+            )
 
     def finish(self) -> None:
         """Leave the averaged weights in the model, where they are kept."""
@@ -309,11 +319,6 @@ class _Run:
 
 def _on(samples: RestorationSample, device: torch.device) -> RestorationSample:
     return RestorationSample(*(part.to(device, non_blocking=True) for part in samples))
-
-
-def _whole(value: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded, on the CPU."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
 
 
 def _like(value: Tensor, whole: Tensor) -> Tensor:

@@ -1,0 +1,228 @@
+"""Stage 2: it restores better, leaves what is frozen, and goes on after a kill to the last bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from restoring import FULL, L1, Net, Recording, Stopped, data, model, recipe
+from torch import Tensor, nn
+
+from perceive_adapter import AdapterConfig, Perception
+from perceive_adapter.data import FAMILIES
+from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
+from perceive_adapter.training.loop import Schedule
+from perceive_adapter.training.restoration import RestorationStep, psnr, restored_by
+from perceive_adapter.training.stage2 import Stage2, train_restoration
+
+
+def train(trained: nn.Module, **options: Any) -> nn.Module:
+    steps = options.pop("steps", 12)
+    settings = {"recipe": recipe(steps), **options}
+    train_restoration(trained, settings.pop("data", data()), **settings)
+    return trained
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    other = second.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
+
+
+def quality(trained: nn.Module) -> float:
+    with torch.no_grad():
+        probe = data("low_light", seed=5).probe(8)
+        return psnr(restored_by(trained, probe.degraded), probe.target).mean().item()
+
+
+# Training
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_wrapped_network_learns_and_its_backbone_stays(mode: bool) -> None:
+    trained = model().train(mode)
+    before, untrained = bits(trained.backbone), quality(trained)
+    train(trained, steps=60, data=data("low_light"))
+    assert quality(trained) > untrained + 1
+    assert all(torch.equal(value, before[name]) for name, value in bits(trained.backbone).items())
+    assert trained.training == mode
+
+
+def test_a_plain_network_learns_too() -> None:
+    torch.manual_seed(0)
+    trained = Net()
+    untrained = quality(trained)
+    train(trained, recipe=Stage2(Schedule(60, 3e-3), batch=4, weights=L1), data=data("low_light"))
+    assert quality(trained) > untrained + 1
+
+
+def test_accumulated_passes_make_one_step() -> None:
+    whole = train(model(), recipe=recipe(6))
+    halves = train(model(), recipe=recipe(6, accumulate=2))
+    for name, value in whole.injector.state_dict().items():
+        torch.testing.assert_close(halves.injector.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    assert not same(train(model(), recipe=recipe(6, batch=2)), whole)
+
+
+def test_an_average_of_the_weights_is_what_remains() -> None:
+    raw, mean = train(model(), steps=2), train(model(), recipe=recipe(2, ema=0.5))
+    first = train(model(), recipe=replace(recipe(2), schedule=replace(recipe(2).schedule)))
+    assert same(raw, first)
+    start, half = model().injector.state_dict(), train_to(1).injector.state_dict()
+    for name, value in raw.injector.state_dict().items():
+        expected = (start[name] * 0.5 + half[name] * 0.5) * 0.5 + value * 0.5
+        torch.testing.assert_close(mean.injector.state_dict()[name], expected)
+
+
+def train_to(step: int, trained: Any = None, **options: Any) -> Any:
+    """Train until a step of the usual run, and no further."""
+    trained = trained or model()
+    settings = {"recipe": recipe(2), **options}
+    with pytest.raises(Stopped):
+        train_restoration(
+            trained, data(), objective=Recording(settings["recipe"].weights, step), **settings
+        )
+    return trained
+
+
+@pytest.mark.parametrize("dies_at", [0, 4, 6, 11])
+def test_goes_on_bit_for_bit_after_a_kill(tmp_path: Path, dies_at: int) -> None:
+    settings: dict[str, Any] = {
+        "recipe": recipe(12, weights=FULL, ema=0.9),
+        "checkpoint": tmp_path / "run" / "state.pt",
+        "every": 3,
+    }
+    train_to(dies_at, **settings)
+    objective = Recording(FULL)
+    resumed = train(model(), objective=objective, **settings)
+    assert len(objective.losses) == 12 - dies_at // 3 * 3
+    whole = train(model(), objective=Recording(FULL), recipe=settings["recipe"])
+    assert same(resumed, whole)
+    assert not same(resumed, model())
+    again = train(model(), objective=Recording(FULL), **settings)  # finished: nothing left to do
+    assert same(again, whole)
+
+
+def test_batch_statistics_are_kept_with_a_plain_network(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1))
+
+    settings: dict[str, Any] = {"recipe": recipe(8), "checkpoint": tmp_path / "s.pt", "every": 3}
+    train_to(5, net(), **settings)
+    assert same(train(net(), **settings), train(net(), recipe=recipe(8)))
+
+
+def test_the_difficulty_is_that_of_the_probe() -> None:
+    objective = Recording(FULL)
+    trained = model()
+    expected = RestorationStep(trained, objective)(data().probe(2), measure=True)["psnr"].mean()
+    train(trained, recipe=recipe(1, weights=FULL), objective=objective)
+    torch.testing.assert_close(objective.difficulty_adaptive.reference_psnr, expected)
+
+
+# What the model is told and given
+
+
+def test_an_oracle_may_stand_in_for_perception() -> None:
+    config = AdapterConfig(sources={"severity": len(FAMILIES)})
+    steered = model(config=config)
+    told: list[Tensor] = []
+
+    def truth(wrapped: Any, samples: Any) -> Perception:
+        assert wrapped is steered
+        told.append(samples.severity)
+        return Perception(severity=samples.severity)
+
+    train(steered, steps=3, perceive=truth)
+    assert len(told) == 4  # three steps and one look at the probe
+    assert (told[1] > 0).sum(dim=1).eq(1).all()
+
+
+class Named(Net):
+    """Takes its image by name, in [-1, 1], after another argument."""
+
+    def forward(self, sigma: float = 0.0, *, lq: Tensor) -> tuple[Tensor, float]:  # type: ignore[override]
+        return super().forward(lq), sigma
+
+
+def test_images_go_where_the_backbone_takes_them() -> None:
+    from perceive_adapter import wrap
+
+    trained = wrap(
+        Named(),
+        perceiver=False,
+        image_arg="lq",
+        value_range=(-1, 1),
+        example={"lq": torch.rand(1, 3, 32, 32)},
+    )
+    image = torch.rand(2, 3, 24, 24)
+    seen = restored_by(trained, image)
+    torch.testing.assert_close(seen, (trained(lq=2 * image - 1)[0] + 1) / 2)
+    before = bits(trained.injector)
+    train(trained, steps=2)
+    assert any(
+        not torch.equal(value, before[name]) for name, value in bits(trained.injector).items()
+    )
+
+
+# What cannot be
+
+
+def test_recipes_that_cannot_work() -> None:
+    for name in ("batch", "accumulate", "probe", "probe_every"):
+        with pytest.raises(ConfigError, match=f"{name}=0"):
+            Stage2(**{name: 0})
+    for decay in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match="ema="):
+            Stage2(ema=decay)
+    with pytest.raises(ConfigError, match=r"batch of 4 .* 1 processes and 3 .*multiple of 3"):
+        train(model(), recipe=recipe(accumulate=3))
+    with pytest.raises(ConfigError, match="nothing in the model is trainable"):
+        train(model(is_trainable=False))
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    train(model(), checkpoint=file, recipe=recipe(2))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"recipe": recipe(3)}, r"whose recipe was .*'steps': 2.*expected .*'steps': 3"),
+        ({"recipe": recipe(2), "data": data("haze")}, r"whose tasks was .*rain.*expected .*haze"),
+    ]
+    for options, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            train(model(), checkpoint=file, **options)
+    for other in (model(config=AdapterConfig(rank=2)), model(config=AdapterConfig(level=None))):
+        untouched = copy.deepcopy(other)
+        with pytest.raises(CheckpointError, match="is of another model"):
+            train(other, checkpoint=file, recipe=recipe(2))
+        assert same(other, untouched)
+    file.write_bytes(file.read_bytes()[:999])
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        train(model(), checkpoint=file, recipe=recipe(2))
+
+
+def test_a_loss_that_is_not_finite_stops_and_writes_nothing(tmp_path: Path) -> None:
+    trained = model()
+    with torch.no_grad():
+        next(trained.trainable_parameters()).fill_(math.nan)
+    with pytest.raises(TrainingError, match=r"loss of step 0 is nan.*Lower the learning rate"):
+        train(trained, checkpoint=tmp_path / "state.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_schedules_reach_the_optimizer() -> None:
+    still = Schedule(3, 1e-30, 0.0)
+    trained = model()
+    before = bits(trained.injector)
+    train(trained, recipe=Stage2(still, batch=2, weights=L1))
+    for name, value in bits(trained.injector).items():
+        torch.testing.assert_close(value, before[name])
