@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from perceive_adapter._version import __version__
-from perceive_adapter.cli import perceive, train_perceiver
+from perceive_adapter.cli import evaluate, finetune, perceive, train_perceiver
+from perceive_adapter.cli.options import with_config
 from perceive_adapter.errors import PerceiveError
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -28,7 +29,7 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: tuple[Command, ...] = (perceive, train_perceiver)
+COMMANDS: tuple[Command, ...] = (perceive, train_perceiver, finetune, evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done. 1: done, except for files that could not be read. 2: cannot be done; why and the
         remedy are on stderr. 130: interrupted.
     """
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(with_config(sys.argv[1:] if argv is None else argv))
         code: int = arguments.run(arguments)
     except (PerceiveError, OSError) as error:
         print(f"perceive-adapter: {error}", file=sys.stderr)
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "perceive-adapter", description="Perceive what is wrong with images, and how badly."
+        "perceive-adapter", description="Perceive what is wrong with images, and teach networks to."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-__all__ = ["device", "integer", "rate"]
+from perceive_adapter.errors import ConfigError, MissingDependencyError
+
+__all__ = ["between", "device", "integer", "rate", "with_config"]
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -37,6 +41,72 @@ def rate(text: str) -> float:
     if not 0 < value <= 1:
         raise ArgumentTypeError(f"{text!r}: expected a number above 0 and at most 1, such as 4e-5")
     return value
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """Return a reader of numbers from ``low`` to below ``high``.
+
+    Example:
+        >>> between(0, 1)("0.5")
+        0.5
+    """
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = high
+        if not low <= value < high:
+            raise ArgumentTypeError(
+                f"{text!r}: expected a number of {low:g} or more, below {high:g}"
+            )
+        return value
+
+    return read
+
+
+def with_config(argv: Sequence[str]) -> list[str]:
+    """Put the options of a YAML file, ``--config FILE``, before those of the command line.
+
+    The file is a mapping of option names to values: ``learning-rate: 1e-3``, ``tasks: [rain,
+    haze]``, ``compile: true``. What the line says too wins.
+
+    Raises:
+        ConfigError: the file is missing or no such mapping.
+        MissingDependencyError: PyYAML is not installed.
+    """
+    given = list(argv)
+    if "--config" not in given[1:-1]:
+        return given
+    place = given.index("--config")
+    file = Path(given[place + 1])
+    options: list[str] = []
+    for name, value in _read_yaml(file).items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if isinstance(value, bool):
+            options += [flag] if value else []
+        elif value is not None:
+            options += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return [given[0], *options, *given[1:place], *given[place + 2 :]]
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError(
+            "--config reads YAML, and PyYAML is not installed: pip install pyyaml."
+        ) from error
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file}: cannot be read as YAML ({error}).") from error
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"--config {file} holds a {type(options).__name__}: expected options and their values, "
+            "such as learning-rate: 1e-3."
+        )
+    return options
 
 
 def device(text: str) -> str:

@@ -16,7 +16,15 @@ from perceive_adapter.data.images import read_image
 from perceive_adapter.data.samples import IMAGE_SUFFIXES
 from perceive_adapter.errors import ConfigError, ImageError
 
-__all__ = ["DEGRADED_FOLDERS", "TARGET_FOLDERS", "FoundPairs", "Pair", "find_pairs", "read_pair"]
+__all__ = [
+    "DEGRADED_FOLDERS",
+    "TARGET_FOLDERS",
+    "FoundPairs",
+    "Pair",
+    "find_pairs",
+    "holds_pairs",
+    "read_pair",
+]
 
 DEGRADED_FOLDERS: Final = (
     "input",
@@ -133,6 +141,22 @@ def find_pairs(
     if not pairs:
         raise ConfigError(f"{str(root)!r} holds no pair that can be used: {_expected()}")
     return FoundPairs(tuple(pairs), tuple(problems))
+
+
+def holds_pairs(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder holds a set of pairs, at any depth, whatever is wrong with its files.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
+    known = (DEGRADED_FOLDERS, TARGET_FOLDERS)
+    return any(
+        all(any(name.casefold() in side for name in names) for side in known)
+        for _, names, _ in os.walk(root)
+    )
 
 
 def read_pair(pair: Pair) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,8 @@ def train_restoration(
     checkpoint: Path | None = None,
     every: int = 500,
     workers: int = 0,
+    compile: bool = False,
+    channels_last: bool = False,
 ) -> None:
     """Train the parameters of a model that require a gradient, to restore what ``data`` draws.
 
@@ -117,6 +119,8 @@ def train_restoration(
         checkpoint: file to go on from, and to write to.
         every: optimizer steps between two checkpoints.
         workers: processes that draw samples; 0 draws them in this one.
+        compile: run through ``torch.compile``.
+        channels_last: keep images and the model's weights in that memory format.
 
     Raises:
         ConfigError: nothing in the model is trainable, or the batch cannot be shared out evenly.
@@ -126,7 +130,11 @@ def train_restoration(
     from accelerate import Accelerator
 
     objective = objective or RestorationObjective(recipe.weights)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
     module = RestorationStep(model, objective, perceive)
+    if compile:
+        module.compile()
     run = _Run(module, data, recipe, accelerator or Accelerator())
     before = model.training
     start = run.resume(checkpoint)

@@ -1,0 +1,84 @@
+"""The network that a command is given: a checkpoint of a known architecture, or code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from perceive_adapter.errors import BackboneError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["BACKBONE_HELP", "load_backbone"]
+
+BACKBONE_HELP: Final = (
+    "a checkpoint file (.pth, .pt, .safetensors) of an architecture that spandrel knows, or "
+    "MODULE:FUNCTION, which is imported from the current folder or the environment and called for "
+    "the network with its weights"
+)
+
+
+def load_backbone(told: str) -> nn.Module:
+    """Return the network that ``told`` names.
+
+    Raises:
+        BackboneError: there is no such file, module or function, or it gives no network.
+        MissingDependencyError: a checkpoint is given and spandrel is not installed.
+    """
+    if Path(told).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
+        return _from_checkpoint(Path(told))
+    module, separator, function = told.partition(":")
+    if not separator or not module or not function:
+        raise BackboneError(f"--backbone {told}: expected {BACKBONE_HELP}.")
+    return _from_code(module, function)
+
+
+def _from_checkpoint(file: Path) -> nn.Module:
+    if not file.is_file():
+        raise BackboneError(f"there is no checkpoint {str(file)!r}; check the path.")
+    try:
+        import spandrel
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a checkpoint's architecture is found by spandrel, which is not installed: "
+            "pip install spandrel, or give MODULE:FUNCTION instead."
+        ) from error
+    try:
+        import spandrel_extra_arches
+
+        spandrel_extra_arches.install(ignore_duplicates=True)
+    except ImportError:
+        pass  # architectures with other licences, which the user may have installed
+    try:
+        network: nn.Module = spandrel.ModelLoader(device="cpu").load_from_file(file).model
+    except Exception as error:  # whatever a file that is none makes of it
+        raise BackboneError(
+            f"{str(file)!r} is no checkpoint of an architecture that spandrel knows ({error}). "
+            "Give MODULE:FUNCTION, a function of yours that returns the network with its weights."
+        ) from error
+    return network
+
+
+def _from_code(module: str, function: str) -> nn.Module:
+    from torch import nn
+
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise BackboneError(
+            f"--backbone {module}:{function} cannot be imported ({error}): expected a function "
+            f"{function!r} in a module {module!r} of the current folder or the environment."
+        ) from error
+    network = found() if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(network, nn.Module):
+        raise BackboneError(
+            f"--backbone {module}:{function} gave a {type(network).__name__}: expected a "
+            "torch.nn.Module with its weights."
+        )
+    return network.eval()

@@ -1,0 +1,129 @@
+"""``perceive-adapter evaluate``: a backbone alone beside the same one wrapped."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perceive_adapter.cli.backbones import BACKBONE_HELP, load_backbone
+from perceive_adapter.cli.options import device, integer
+from perceive_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perceive_adapter.evaluation.cases import Case
+    from perceive_adapter.evaluation.measure import Measured, Restore
+
+NAME = "evaluate"
+SUMMARY = "Measure PSNR and SSIM of a backbone alone and of the same one with an adapter"
+
+_NAMES = ("pairs", "synthetic", "three-tasks", "five-tasks")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("--backbone", metavar="FILE_OR_CODE", required=True, help=BACKBONE_HELP)
+    add(
+        "--adapter",
+        metavar="NAME_OR_FOLDER",
+        help="a saved adapter's folder, or user/repo of the Hub; without it the backbone alone",
+    )
+    add("--data", metavar="DIR", type=Path, required=True, help="where the sets are, at any depth")
+    add(
+        "--protocol",
+        choices=_NAMES,
+        default="pairs",
+        help="pairs: every set of pairs (default); synthetic: every image with each degradation; "
+        "three-tasks: SOTS, Rain100L, CBSD68; five-tasks: GoPro and LOL too",
+    )
+    add("--out", metavar="DIR", type=Path, help="where table, CSV, stamp and pictures are written")
+    add("--tile", type=integer(64, 2**16), metavar="PX", help="side of tiles, for large images")
+    add("--limit", type=integer(1, 10**6), metavar="N", help="images of each group (all)")
+    add("--device", type=device, default="auto", help="cpu, cuda, cuda:1 or auto (default)")
+
+
+def run(arguments: Namespace) -> int:
+    """Evaluate, print the table, and write what was asked for."""
+    from perceive_adapter.evaluation.measure import compare
+    from perceive_adapter.evaluation.protocols import PROTOCOLS
+    from perceive_adapter.evaluation.report import table
+
+    cases = PROTOCOLS[arguments.protocol].cases(arguments.data)
+    if arguments.limit is not None:
+        cases = _limited(cases, arguments.limit)
+    networks = _networks(arguments)
+    shown: dict[str, dict[str, Tensor]] = {}
+
+    def keep(case: Case, images: dict[str, Tensor]) -> None:
+        shown.setdefault(case.group, {name: image.cpu() for name, image in images.items()})
+
+    measured = compare(networks, _with_progress(cases), device=arguments.device, keep=keep)
+    print(table(measured))
+    if arguments.out is not None:
+        _write(arguments, measured, shown)
+    return 0
+
+
+def _networks(arguments: Namespace) -> dict[str, Restore]:
+    """The backbone alone, and wrapped; both see whole images, or tiles of them."""
+    import torch
+
+    from perceive_adapter.injection.wrap import wrap
+
+    backbone = load_backbone(arguments.backbone).to(arguments.device).eval()
+    if arguments.adapter is None:
+        model = wrap(backbone, perceiver=False)
+    else:
+        model = wrap(backbone, arguments.adapter)
+
+    def wrapped(image: Tensor) -> Tensor:
+        restored = model.restore(image, tile=arguments.tile)
+        assert isinstance(restored, torch.Tensor)
+        return restored
+
+    def bare(image: Tensor) -> Tensor:
+        with model.disabled():
+            return wrapped(image)
+
+    return (
+        {"backbone": bare} if arguments.adapter is None else {"backbone": bare, "wrapped": wrapped}
+    )
+
+
+def _limited(cases: list[Case], limit: int) -> list[Case]:
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.group, []).append(case)
+    return [case for group in groups.values() for case in group[:: -(-len(group) // limit)]]
+
+
+def _with_progress(cases: list[Case]) -> list[Case]:
+    from tqdm import tqdm
+
+    progress: list[Case] = tqdm(cases, "evaluate", ncols=80, file=sys.stderr, leave=False)
+    return progress
+
+
+def _write(
+    arguments: Namespace, measured: list[Measured], shown: dict[str, dict[str, Tensor]]
+) -> None:
+    from perceive_adapter.evaluation.report import draw_bars, draw_grid, stamp, table, write_csv
+    from perceive_adapter.training.runs import write_json
+
+    out: Path = arguments.out
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{str(out)!r} is a file: give the name of a folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    made = stamp(arguments.protocol, arguments.device)
+    made |= {"backbone": arguments.backbone, "adapter": str(arguments.adapter or "")}
+    lines = [*(f"- {name}: {value}" for name, value in made.items()), "", table(measured), ""]
+    (out / "table.md").write_text("\n".join(lines), encoding="utf-8")
+    write_json(out / "stamp.json", made)
+    write_csv(measured, out / "images.csv")
+    draw_bars(measured, out / "psnr.png")
+    draw_grid(shown, out / "images.png")
+    print(f"\nWritten to {str(out)!r}: table.md, images.csv, stamp.json, psnr.png, images.png.")

@@ -1,0 +1,258 @@
+"""``perceive-adapter finetune``: stage 2, from a trained backbone to a saved adapter."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceive_adapter.cli.backbones import BACKBONE_HELP, load_backbone
+from perceive_adapter.cli.finetune_plan import (
+    find_data,
+    make_data,
+    make_recipe,
+    options_of,
+)
+from perceive_adapter.cli.options import between, integer, rate
+from perceive_adapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from perceive_adapter.cli.finetune_plan import Found
+    from perceive_adapter.data.restoration import RestorationData
+    from perceive_adapter.injection.model import PerceiveModel
+    from perceive_adapter.losses import RestorationObjective
+    from perceive_adapter.training.stage2 import Stage2
+
+NAME = "finetune"
+SUMMARY = "Train an adapter for a frozen backbone, on pairs or on clean photographs"
+
+_LONGEST = 10**9  # steps
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.epilog = (
+        "Killed at any moment, the same command goes on from DIR/checkpoints and ends with the "
+        "same weights. On several GPUs: accelerate launch -m perceive_adapter finetune ... "
+        "Exit code: 0 trained and saved; 2 nothing could be done."
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", type=Path, help="YAML file of these options; the line wins")
+    add("--backbone", metavar="FILE_OR_CODE", required=True, help=BACKBONE_HELP)
+    add(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folders of pairs (input and gt, hazy and clear, ..., at any depth), or else of clean "
+        "photographs, which are degraded while they are drawn; one in ten is set aside",
+    )
+    add("--out", metavar="DIR", type=Path, required=True, help="where the adapter is saved")
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        default=["gaussian_noise", "rain", "haze", "low_light"],
+        help="degradations of clean photographs, with + for mixtures (gaussian_noise rain haze "
+        "low_light)",
+    )
+    add(
+        "--ratios",
+        nargs="+",
+        metavar="TASK=R",
+        default=[],
+        help="how often a task, or a folder of pairs by its name, is drawn beside the others (1)",
+    )
+    add(
+        "--broken",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do with files without a partner and images that cannot be read",
+    )
+    _add_adapter(parser)
+    _add_recipe(parser)
+    _add_machine(parser)
+
+
+def _add_adapter(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("the adapter").add_argument
+    add("--adapter", metavar="DIR", help="a saved adapter to train further")
+    add("--perceiver", metavar="NAME_OR_FOLDER", help="what steers it (perceive-tiny)")
+    add("--rank", type=integer(1, 512), metavar="N", help="of the branches (as the budget allows)")
+    add(
+        "--treat",
+        nargs="+",
+        metavar="NAME",
+        default=["auto"],
+        help="degradations that the adapter works on, and leaves the backbone alone otherwise: "
+        "auto (default) finds what the data has and the backbone cannot undo; everywhere: no limit",
+    )
+
+
+def _add_recipe(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("how long and how fast").add_argument
+    side = integer(16, 2048)
+    add("--steps", type=integer(1, _LONGEST), default=10_000, metavar="N", help="(10000)")
+    add("--batch", type=integer(1, 4096), default=8, metavar="N", help="samples of a step (8)")
+    add("--accumulate", type=integer(1, 4096), default=1, metavar="N", help="passes of a step (1)")
+    add("--context", type=side, default=256, metavar="PX", help="crops that are perceived (256)")
+    add("--patch", type=side, default=128, metavar="PX", help="part that is restored (128)")
+    add("--learning-rate", type=rate, default=1e-3, metavar="R", help="at the start (1e-3)")
+    add("--final-learning-rate", type=rate, default=1e-5, metavar="R", help="at the end (1e-5)")
+    add("--ema", type=between(0, 1), default=0.0, metavar="D", help="decay of averaged weights (0)")
+    weight = between(0, 1e6)
+    add("--contrastive", type=weight, default=0.1, metavar="W", help="weight beside L1's 1 (0.1)")
+    add("--clip-aware", type=weight, default=0.0, metavar="W", help="(0; the paper's 0.05)")
+    add("--difficulty-adaptive", type=weight, default=0.0, metavar="W", help="(0; the paper's 0.1)")
+    add("--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of all that is random")
+
+
+def _add_machine(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("the machine").add_argument
+    add("--precision", choices=("no", "bf16", "fp16"), default="no", help="of autocast (no)")
+    add("--compile", action="store_true", help="run through torch.compile")
+    add("--channels-last", action="store_true", help="keep images and weights channels last")
+    add("--workers", type=integer(0, 256), default=0, metavar="N", help="drawing samples (0)")
+    add("--checkpoint-every", type=integer(1, _LONGEST), default=500, metavar="N", help="(500)")
+    add("--cpu", action="store_true", help="do not use a GPU")
+
+
+def run(arguments: Namespace) -> int:
+    """Train, measure on what was set aside, and save an adapter."""
+    from accelerate import Accelerator
+
+    from perceive_adapter.training.runs import claim_folder
+    from perceive_adapter.training.stage2 import train_restoration
+
+    recipe = make_recipe(arguments)
+    found = find_data(arguments.data, arguments.broken)
+    data = make_data(found, arguments)
+    model = _wrapped(arguments, data)
+    accelerator = Accelerator(
+        mixed_precision=arguments.precision, cpu=arguments.cpu, **_logged(arguments)
+    )
+    with accelerator.main_process_first():
+        checkpoints = claim_folder(arguments.out, options_of(arguments, recipe, found))
+    if accelerator.is_main_process:
+        _introduce(model, data, found)
+    accelerator.init_trackers("finetune")
+    train_restoration(
+        model,
+        data,
+        recipe=recipe,
+        objective=_objective(recipe, model),
+        accelerator=accelerator,
+        checkpoint=checkpoints / "stage2.pt",
+        every=arguments.checkpoint_every,
+        workers=arguments.workers,
+        compile=arguments.compile,
+        channels_last=arguments.channels_last,
+    )
+    accelerator.end_training()
+    _save(arguments, model, found, accelerator)
+    return 0
+
+
+def _wrapped(arguments: Namespace, data: RestorationData) -> PerceiveModel:
+    """Wrap the backbone, and let the adapter treat what it should."""
+    from accelerate.utils import set_seed
+
+    from perceive_adapter import AdapterConfig, wrap
+    from perceive_adapter.training.treated import find_treated
+
+    set_seed(arguments.seed)
+    backbone = load_backbone(arguments.backbone)
+    if arguments.adapter is not None:
+        given = [name for name in ("perceiver", "rank") if getattr(arguments, name) is not None]
+        if given:
+            raise ConfigError(f"--adapter brings its own {' and '.join(given)}: leave that out.")
+        model = wrap(backbone, arguments.adapter, is_trainable=True)
+    else:
+        config = AdapterConfig(rank=arguments.rank)
+        model = wrap(backbone, config=config, perceiver=arguments.perceiver)
+    if arguments.treat == ["auto"]:
+        model.treat(*find_treated(model, data))
+    elif arguments.treat != ["everywhere"]:
+        model.treat(*arguments.treat)
+    elif model.injector.config.treats is not None:
+        model.treat()
+    return model
+
+
+def _objective(recipe: Stage2, model: PerceiveModel) -> RestorationObjective:
+    from perceive_adapter.losses import ClipAwareLoss, RestorationObjective
+
+    aware = None
+    if recipe.weights.clip_aware:
+        if model.perceiver is None:
+            raise ConfigError("--clip-aware needs a perceiver, and this adapter has none.")
+        aware = ClipAwareLoss(model.perceiver)
+    return RestorationObjective(recipe.weights, clip_aware=aware)
+
+
+def _logged(arguments: Namespace) -> dict[str, Any]:
+    """Log to TensorBoard, where it is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("tensorboard") is None:
+        return {}
+    return {"log_with": "tensorboard", "project_dir": str(arguments.out / "logs")}
+
+
+def _introduce(model: PerceiveModel, data: RestorationData, found: Found) -> None:
+    """Say what is trained, on what, and what was skipped."""
+    treats = model.injector.config.treats
+    if treats is None:
+        works = "It works on every image."
+    else:
+        assert model.perceiver is not None
+        names = ", ".join(model.perceiver.degradations[column] for column in treats)
+        works = f"It works where one of these is perceived: {names}."
+    _say(f"{model.status()}. {works}")
+    _say(
+        f"Tasks: {', '.join(data.tasks)}. {len(found.pairs)} pairs and {len(found.photos)} "
+        f"photographs to train on; {len(found.held_pairs)} and {len(found.held_photos)} set aside."
+    )
+    if found.skipped:
+        _say(f"Skipped {len(found.skipped)} files, such as: {found.skipped[0]}.")
+
+
+def _save(
+    arguments: Namespace, model: PerceiveModel, found: Found, accelerator: Accelerator
+) -> None:
+    """Measure on what was set aside, and save the adapter with the figures in its card."""
+    from perceive_adapter.evaluation.measure import compare
+    from perceive_adapter.evaluation.report import group_means, table
+    from perceive_adapter.injection.checkpoint import save_adapter
+
+    if not accelerator.is_main_process:
+        return
+    model.eval()
+    cases = found.held_cases(arguments.tasks)
+    figures: dict[str, float | str] = {}
+    if cases:
+
+        def bare(image: Tensor) -> Tensor:
+            with model.disabled():
+                return wrapped(image)
+
+        def wrapped(image: Tensor) -> Tensor:
+            restored: Tensor = model.restore(image)
+            return restored
+
+        measured = compare({"backbone": bare, "wrapped": wrapped}, cases, device=accelerator.device)
+        print(table(measured))
+        for group, networks in group_means(measured).items():
+            for name, (psnr, _) in networks.items():
+                figures[f"{group}, {name}: PSNR in dB on what was set aside"] = psnr
+    save_adapter(model, arguments.out, figures)
+    print(f"\nSaved in {str(arguments.out)!r}.")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Evaluation: named protocols, PSNR and SSIM for every image, tables and pictures."""

@@ -1,0 +1,82 @@
+"""PSNR and SSIM of every image, for several networks side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceive_adapter.data.samples import as_file
+from perceive_adapter.evaluation.cases import Case
+
+__all__ = ["Measured", "Restore", "compare"]
+
+Restore = Callable[[Tensor], Tensor]
+"""From a degraded image (1, 3, H, W) in [0, 1] to the restored one."""
+
+DEGRADED = "degraded"
+_ALIKE = 100.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one network made of one image.
+
+    Args:
+        group: whose mean it counts in.
+        image: name of the image.
+        network: name of the network; ``degraded`` for the image as it was given.
+        psnr: in dB, of RGB in 8 bits; 100 at most, for images that are alike.
+        ssim: in [-1, 1], of the same.
+    """
+
+    group: str
+    image: str
+    network: str
+    psnr: float
+    ssim: float
+
+
+@torch.no_grad()
+def compare(
+    networks: Mapping[str, Restore],
+    cases: Iterable[Case],
+    *,
+    device: torch.device | str = "cpu",
+    keep: Callable[[Case, dict[str, Tensor]], None] | None = None,
+) -> list[Measured]:
+    """Restore every case with every network and measure it, the degraded image first.
+
+    Args:
+        networks: by name.
+        cases: what is restored.
+        device: where the images go.
+        keep: called with each case and its images, (3, H, W) by name, ``degraded`` and ``target``
+            among them.
+    """
+    found = []
+    for case in cases:
+        degraded, target = (image.to(device) for image in case.load())
+        images = {DEGRADED: degraded}
+        images |= {name: as_file(restore(degraded)) for name, restore in networks.items()}
+        found += [
+            Measured(case.group, case.image, name, *_metrics(image, target))
+            for name, image in images.items()
+        ]
+        if keep is not None:
+            keep(case, {**{n: image[0] for n, image in images.items()}, "target": target[0]})
+    return found
+
+
+def _metrics(image: Tensor, target: Tensor) -> tuple[float, float]:
+    from torchmetrics.functional.image import (
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )
+
+    psnr = peak_signal_noise_ratio(image, target, data_range=1.0)
+    ssim = structural_similarity_index_measure(image, target, data_range=1.0)
+    assert isinstance(ssim, Tensor)
+    return min(float(psnr), _ALIKE), float(ssim)

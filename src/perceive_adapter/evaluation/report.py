@@ -1,0 +1,146 @@
+"""Reports of an evaluation: tables as Markdown and CSV, a stamp, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from perceive_adapter._version import __version__
+from perceive_adapter.evaluation.measure import Measured
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_bars", "draw_grid", "group_means", "stamp", "table", "write_csv"]
+
+
+def table(measured: Sequence[Measured]) -> str:
+    """Return a Markdown table: a row for each group and one for their mean, PSNR / SSIM.
+
+    Example:
+        >>> rows = [Measured("rain", "1.png", name, psnr, 0.9) for name, psnr in
+        ...         [("degraded", 20.0), ("backbone", 22.0), ("wrapped", 25.0)]]
+        >>> print(table(rows))
+        | PSNR in dB / SSIM | images | degraded | backbone | wrapped |
+        |---|---|---|---|---|
+        | rain | 1 | 20.00 / 0.900 | 22.00 / 0.900 | 25.00 / 0.900 |
+        | mean of the groups | 1 | 20.00 / 0.900 | 22.00 / 0.900 | 25.00 / 0.900 |
+    """
+    means = group_means(measured)
+    networks = list(dict.fromkeys(row.network for row in measured))
+    lines = ["| PSNR in dB / SSIM | images | " + " | ".join(networks) + " |"]
+    lines.append("|---" * (2 + len(networks)) + "|")
+    for group, found in means.items():
+        count = len({row.image for row in measured if row.group == group})
+        cells = [f"{found[name][0]:.2f} / {found[name][1]:.3f}" for name in networks]
+        lines.append(f"| {_told(group)} | {count} | " + " | ".join(cells) + " |")
+    total = len({(row.group, row.image) for row in measured})
+    cells = []
+    for name in networks:
+        psnr, ssim = (mean(found[name][column] for found in means.values()) for column in (0, 1))
+        cells.append(f"{psnr:.2f} / {ssim:.3f}")
+    lines.append(f"| mean of the groups | {total} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_csv(measured: Sequence[Measured], file: Path) -> None:
+    """Write a row for every image and network."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(Measured)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in measured)
+
+
+def stamp(protocol: str, device: torch.device | str) -> dict[str, str]:
+    """Say what an evaluation was made with, for its reports."""
+    where = torch.device(device)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor()
+    return {
+        "protocol": protocol,
+        "date": datetime.date.today().isoformat(),
+        "device": f"{where.type} {name}".strip(),
+        "versions": f"perceive_adapter {__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}",
+        "commit": _commit(),
+    }
+
+
+def draw_bars(measured: Sequence[Measured], file: Path) -> None:
+    """Draw the mean PSNR of every group and network as a PNG."""
+    figure = _figure(8, 4)
+    axes = figure.subplots()
+    means = group_means(measured)
+    networks = list(dict.fromkeys(row.network for row in measured))
+    width = 0.8 / len(networks)
+    for index, name in enumerate(networks):
+        places = [place + index * width for place in range(len(means))]
+        axes.bar(places, [found[name][0] for found in means.values()], width, label=name)
+    middle = 0.4 - width / 2
+    labels = [_told(group) for group in means]
+    axes.set_xticks(
+        [place + middle for place in range(len(means))], labels, rotation=30, ha="right"
+    )
+    axes.set_ylabel("PSNR in dB")
+    axes.legend()
+    figure.savefig(file)
+
+
+def draw_grid(images: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
+    """Draw before and after as a PNG: a row of images (3, H, W) for each name."""
+    columns = list(next(iter(images.values())))
+    figure = _figure(3 * len(columns), 2.4 * len(images))
+    grid = figure.subplots(len(images), len(columns), squeeze=False)
+    for axes, (row, shown) in zip(grid, images.items(), strict=True):
+        for cell, name in zip(axes, columns, strict=True):
+            cell.imshow(shown[name].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            cell.set_xticks([])
+            cell.set_yticks([])
+            cell.set_title(name, fontsize=8)
+        axes[0].set_ylabel(_told(row), fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # draws to files, whatever backend the user has chosen
+    return figure
+
+
+def group_means(measured: Sequence[Measured]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean PSNR and SSIM of each group and network."""
+    found: dict[str, dict[str, list[Measured]]] = {}
+    for row in measured:
+        found.setdefault(row.group, {}).setdefault(row.network, []).append(row)
+    return {
+        group: {
+            name: (mean(row.psnr for row in rows), mean(row.ssim for row in rows))
+            for name, rows in networks.items()
+        }
+        for group, networks in found.items()
+    }
+
+
+def _told(group: str) -> str:
+    return group.replace("_", " ").replace("+", " + ")
+
+
+def _commit() -> str:
+    """The commit of the folder that the command runs in, for whoever keeps results in git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
