@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -474,3 +475,195 @@ def test_towers_become_a_perceiver_and_stay_as_they_are(tmp_path: Path) -> None:
         torch.testing.assert_close(perceiver(image).severity, severity)
     perceiver.save_pretrained(tmp_path)
     assert QualityPerceiver.from_pretrained(tmp_path).fingerprint() == perceiver.fingerprint()
+
+
+# Stage 2 and evaluation
+
+SHORT = ["--steps", "6", "--context", "48", "--patch", "32", "--batch", "4", "--cpu"]
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.tail = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, image):
+        return image + 0.01 * self.tail(self.body(image))
+
+
+def build():
+    return Net()
+
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Code in the current folder that returns a small network."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return "mine:build"
+
+
+def dark_pairs(folder: Path, photos: Path) -> Path:
+    for index, path in enumerate(sorted(photos.rglob("*.png"))):
+        image = Image.open(path).convert("RGB")
+        for side, shown in (("input", image.point(lambda value: value // 3)), ("gt", image)):
+            (folder / side).mkdir(parents=True, exist_ok=True)
+            shown.save(folder / side / f"{index}.png")
+    return folder
+
+
+def test_finetune_saves_an_adapter_that_evaluate_measures(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dark = dark_pairs(tmp_path / "sets" / "enhance", photos)
+    (dark / "input" / "alone.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    told = ["finetune", "--backbone", network, "--data", str(tmp_path / "sets"), str(photos)]
+    told += ["--tasks", "rain", "haze", "--out", str(out), *SHORT]
+    assert main(told) == 2
+    assert "alone.png' has no partner" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*told, "--broken", "skip", "--ratios", "enhance=2"]) == 0
+    printed = capsys.readouterr()
+    assert "Tasks: enhance, rain, haze. 5 pairs and 5 photographs" in printed.err
+    assert "Skipped 1 files, such as: " in printed.err
+    assert "| enhance | 1 |" in printed.out
+    assert "| rain | 2 |" in printed.out
+    card = (out / "README.md").read_text()
+    assert "enhance, wrapped: PSNR in dB on what was set aside" in card
+    assert list((out / "logs").rglob("events*"))
+
+    pictures = tmp_path / "pictures"
+    told = ["evaluate", "--backbone", network, "--adapter", str(out), "--device", "cpu"]
+    told += ["--data", str(dark), "--limit", "2"]
+    (dark / "input" / "alone.png").unlink()
+    assert main([*told, "--out", str(pictures)]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"\| pairs \| 2 \| \d+\.\d\d / 0\.\d+ \| .* \| .* \|", table)
+    stamped = json.loads((pictures / "stamp.json").read_text())
+    assert stamped["protocol"] == "pairs"
+    assert {file.name for file in pictures.iterdir()} == {
+        "table.md",
+        "images.csv",
+        "stamp.json",
+        "psnr.png",
+        "images.png",
+    }
+    assert main(["evaluate", "--backbone", network, "--data", str(dark), "--tile", "96"]) == 0
+    assert "wrapped" not in capsys.readouterr().out
+
+
+def test_finetune_goes_on_where_it_was_killed(
+    network: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perceive_adapter.training import stage2
+
+    told = ["finetune", "--backbone", network, "--data", str(photos), "--seed", "3", *SHORT]
+    told += ["--checkpoint-every", "2", "--ema", "0.5"]
+    assert main([*told, "--out", str(tmp_path / "whole")]) == 0
+
+    update = stage2._Run.update
+
+    def dying(self: Any, step: int, passes: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        update(self, step, passes)
+
+    killed = [*told, "--out", str(tmp_path / "killed")]
+    with monkeypatch.context() as patched:
+        patched.setattr(stage2._Run, "update", dying)
+        assert main(killed) == 130
+    assert main(killed) == 0
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed")
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert main([*killed, "--steps", "7"]) == 2  # another run's folder
+
+
+def test_options_may_come_from_a_file(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        f"backbone: {network}\ndata: {photos}\ntasks: [rain, low_light]\nsteps: 9\n"
+        "context: 48\npatch: 32\nbatch: 2\ncpu: true\ncompile: false\nrank: null\n"
+        "treat: [low_light, rain]\n"
+    )
+    out = tmp_path / "out"
+    assert main(["finetune", "--steps", "2", "--config", str(file), "--out", str(out)]) == 0
+    printed = capsys.readouterr().err
+    assert "Tasks: rain, low_light." in printed
+    assert "perceived: low_light, rain." in printed
+    options = json.loads((out / "checkpoints" / "options.json").read_text())
+    assert options["recipe"]["schedule"]["steps"] == 2
+    for content, message in [("- a", "holds a list"), ("a: [", "cannot be read as YAML")]:
+        file.write_text(content)
+        assert main(["finetune", "--config", str(file), "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["--backbone", "mine"], "expected a checkpoint file"),
+        (["--backbone", "nowhere:build"], "cannot be imported"),
+        (["--backbone", "mine:nothing"], "gave a int"),
+        (["--backbone", "missing.pth"], "no checkpoint 'missing.pth'"),
+        (["--backbone", "mine.safetensors"], "no checkpoint of an architecture"),
+        (["--learning-rate", "1e-6"], "expected it to fall"),
+        (["--ratios", "rain"], "expected TASK=NUMBER"),
+        (["--ratios", "snow=1"], "ratios of snow"),
+        (["--tasks", "snow"], "'snow' names no degradation"),
+        (["--treat", "snow"], "snow cannot be told apart"),
+        (["--patch", "64"], "patch=64 and context=48"),
+        (["--adapter", "x", "--rank", "3"], "brings its own rank"),
+        (["--data", "nowhere"], "is no folder"),
+    ],
+)
+def test_finetune_says_what_cannot_be(
+    network: str,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    told: list[str],
+    message: str,
+) -> None:
+    Path("mine.safetensors").write_bytes(b"nothing")
+    out = tmp_path / "out"
+    usual = ["finetune", "--backbone", network, "--data", str(photos), "--out", str(out), *SHORT]
+    assert main([*usual, *told]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_checkpoint_file_is_a_backbone_and_an_adapter_trains_further(
+    photos: Path, tmp_path: Path
+) -> None:
+    from spandrel.architectures.NAFNet import NAFNet
+
+    network = NAFNet(width=16, middle_blk_num=1, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1])
+    save_file(network.state_dict(), tmp_path / "nafnet.safetensors")
+    told = ["finetune", "--backbone", str(tmp_path / "nafnet.safetensors"), "--data", str(photos)]
+    told += [*SHORT, "--treat", "everywhere"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*told, "--out", str(first), "--rank", "2"]) == 0
+    config = json.loads((first / "adapter_config.json").read_text())
+    assert config["config"]["rank"] == 2
+    assert config["config"]["treats"] is None
+    assert main([*told, "--out", str(second), "--adapter", str(first), "--seed", "1"]) == 0
+    before, after = (load_file(out / "adapter_model.safetensors") for out in (first, second))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())

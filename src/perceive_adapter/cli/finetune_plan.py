@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -141,39 +142,30 @@ def make_recipe(arguments: Namespace) -> Stage2:
         ConfigError: they contradict each other.
     """
     from perceive_adapter.losses import ObjectiveWeights
-    from perceive_adapter.training.loop import Schedule
-    from perceive_adapter.training.stage2 import Stage2
+    from perceive_adapter.training.stage2 import ADAPTER
 
     if arguments.final_learning_rate > arguments.learning_rate:
         raise ConfigError(
             f"--final-learning-rate {arguments.final_learning_rate:g} is above --learning-rate "
             f"{arguments.learning_rate:g}: expected it to fall. Give both."
         )
-    schedule = Schedule(
-        arguments.steps,
-        arguments.learning_rate,
-        arguments.final_learning_rate,
-        warmup=arguments.steps // 10,
-        weight_decay=1e-4,
+    schedule = replace(
+        ADAPTER.schedule.lasting(arguments.steps),
+        learning_rate=arguments.learning_rate,
+        final_learning_rate=arguments.final_learning_rate,
     )
     weights = ObjectiveWeights(
         contrastive=arguments.contrastive,
         clip_aware=arguments.clip_aware,
         difficulty_adaptive=arguments.difficulty_adaptive,
     )
-    return Stage2(
-        schedule,
-        batch=arguments.batch,
-        accumulate=arguments.accumulate,
-        weights=weights,
-        ema=arguments.ema,
-    )
+    names = ("batch", "accumulate", "ema")
+    given = {name: getattr(arguments, name) for name in names}
+    return replace(ADAPTER, schedule=schedule, weights=weights, **given)
 
 
 def options_of(arguments: Namespace, recipe: Stage2, found: Found) -> dict[str, Any]:
     """What decides the weights: a run with other values is another run."""
-    from dataclasses import asdict
-
     names = ["backbone", "adapter", "perceiver", "rank", "treat", "tasks", "ratios", "context"]
     names += ["patch", "seed", "precision", "channels_last"]
     files = [str(path) for pair in found.pairs for path in (pair.degraded, pair.target)]

@@ -71,7 +71,7 @@ def make_plan(arguments: Namespace) -> Plan:
     recipe = TINY if tiny else PAPER
     names = {name: getattr(arguments, name) for name in ("learning_rate", "final_learning_rate")}
     schedule = replace(
-        _shortened(recipe.schedule, arguments.steps),
+        _lasting(recipe.schedule, arguments.steps),
         **{name: value for name, value in names.items() if value is not None},
     )
     if schedule.final_learning_rate > schedule.learning_rate:
@@ -88,16 +88,13 @@ def make_plan(arguments: Namespace) -> Plan:
     )
     return Plan(
         stage1,
-        _shortened(restorers.SCHEDULE, arguments.restorer_steps),
-        _shortened(pretrain.SCHEDULE, arguments.pretrain_steps) if tiny else None,
+        _lasting(restorers.SCHEDULE, arguments.restorer_steps),
+        _lasting(pretrain.SCHEDULE, arguments.pretrain_steps) if tiny else None,
     )
 
 
-def _shortened(schedule: Schedule, steps: int | None) -> Schedule:
-    """The schedule with another number of steps, the warm-up a tenth of them at most."""
-    if steps is None:
-        return schedule
-    return replace(schedule, steps=steps, warmup=min(schedule.warmup, steps // 10))
+def _lasting(schedule: Schedule, steps: int | None) -> Schedule:
+    return schedule if steps is None else schedule.lasting(steps)
 
 
 def options_of(arguments: Namespace, plan: Plan, photos: str) -> dict[str, Any]:

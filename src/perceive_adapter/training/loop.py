@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -41,6 +41,15 @@ class Schedule:
     warmup: int = 0
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    def lasting(self, steps: int) -> Schedule:
+        """Return the same for another number of steps, the warm-up a tenth of them at most.
+
+        Example:
+            >>> Schedule(steps=1000, learning_rate=1e-3, warmup=100).lasting(200).warmup
+            20
+        """
+        return replace(self, steps=steps, warmup=min(self.warmup, steps // 10))
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

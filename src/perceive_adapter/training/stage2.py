@@ -32,7 +32,7 @@ from perceive_adapter.training.restoration import Perceive, RestorationStep
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["PAPER_RESTORATION", "Stage2", "train_restoration"]
+__all__ = ["ADAPTER", "PAPER_RESTORATION", "Stage2", "train_restoration"]
 
 _STATE: Final = ("step", "recipe", "tasks", "model", "optimizer", "ema", "scaler")
 _LOG_EVERY: Final = 20
@@ -82,6 +82,12 @@ class Stage2:
 
 
 PAPER_RESTORATION: Final = Stage2()
+
+ADAPTER: Final = Stage2(
+    Schedule(10_000, learning_rate=1e-3, final_learning_rate=1e-5, warmup=1000, weight_decay=1e-4),
+    weights=ObjectiveWeights(clip_aware=0.0, difficulty_adaptive=0.0),
+)
+"""The recipe for an adapter: what `benchmarks/quality.py` found useful, and nothing else."""
 
 
 def train_restoration(

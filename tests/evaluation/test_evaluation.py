@@ -1,0 +1,183 @@
+"""Protocols, figures against their definition, and reports."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import skimage.metrics
+import torch
+from PIL import Image
+from torch import Tensor
+
+from perceive_adapter.errors import ConfigError
+from perceive_adapter.evaluation.cases import Case, degraded_cases, noise_cases
+from perceive_adapter.evaluation.measure import Measured, compare
+from perceive_adapter.evaluation.protocols import PROTOCOLS
+from perceive_adapter.evaluation.report import draw_bars, draw_grid, stamp, table, write_csv
+
+PHOTO = skimage.data.astronaut()[100:164, 180:260]
+
+
+def save(file: Path, pixels: object = PHOTO) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(file)
+    return file
+
+
+def array(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy().astype(np.float64)
+
+
+# Figures
+
+
+def test_figures_are_those_of_scikit_image() -> None:
+    target = torch.from_numpy(PHOTO).permute(2, 0, 1)[None].float() / 255
+    noisy = (target + 0.05 * torch.randn(target.shape)).clamp(0, 1).mul(255).round() / 255
+    case = Case("noise", "a", lambda: (noisy, target))
+    given, blurred = compare({"mean": lambda image: 0.5 * (image + image.roll(1, 3))}, [case])
+    assert (given.network, blurred.network, blurred.group) == ("degraded", "mean", "noise")
+    first, second = array(noisy[0]), array(target[0])
+    psnr = skimage.metrics.peak_signal_noise_ratio(second, first, data_range=1)
+    assert given.psnr == pytest.approx(psnr, abs=1e-4)
+    ssim = skimage.metrics.structural_similarity(
+        second,
+        first,
+        data_range=1,
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    assert given.ssim == pytest.approx(ssim, abs=1e-4)
+
+
+def test_restored_images_are_measured_as_files_of_8_bits_hold_them() -> None:
+    target = torch.full((1, 3, 16, 16), 0.5)
+    case = Case("x", "a", lambda: (target, (target * 255).round() / 255))
+    for value, expected in [(0.5, 100.0), (0.5 + 1.4 / 255, 48.13), (7.0, 6.05)]:
+        found = compare({"one": lambda _, v=value: torch.full_like(target, v)}, [case])[1]
+        assert found.psnr == pytest.approx(expected, abs=0.02)
+
+
+# Cases
+
+
+def test_noise_is_of_its_sigma_in_8_bits_and_the_same_again(tmp_path: Path) -> None:
+    gray = np.full((200, 200, 3), 128, np.uint8)
+    paths = [save(tmp_path / name, gray) for name in ("a.png", "b.png")]
+    first, second = (list(noise_cases(paths, 25, "x")) for _ in range(2))
+    degraded, target = first[0].load()
+    residual = (degraded - target) * 255
+    assert residual.std().item() == pytest.approx(25, rel=0.02)
+    torch.testing.assert_close(degraded * 255, (degraded * 255).round())
+    assert torch.equal(degraded, second[0].load()[0])
+    assert not torch.equal(degraded, first[1].load()[0])
+
+
+def test_every_task_at_both_severities(tmp_path: Path) -> None:
+    paths = [save(tmp_path / "a.png")]
+    cases = list(degraded_cases(paths, ["rain", "jpeg+haze"]))
+    assert [(case.group, case.image) for case in cases] == [
+        (task, f"a.png, severity {severity}")
+        for task in ("rain", "jpeg+haze")
+        for severity in (0.3, 0.6)
+    ]
+    errors = [(degraded - target).abs().mean() for degraded, target in (c.load() for c in cases)]
+    assert errors[0] < errors[1]
+    assert errors[2] < errors[3]
+
+
+# Protocols
+
+
+def pairs(folder: Path, *names: str) -> None:
+    for name in names:
+        save(folder / "input" / f"{name}.png", PHOTO // 2)
+        save(folder / "gt" / f"{name}.png")
+
+
+def test_named_sets_are_found_at_any_depth(tmp_path: Path) -> None:
+    save(tmp_path / "denoise" / "CBSD68" / "gt" / "1.png")
+    pairs(tmp_path / "derain" / "Rain100L", "1", "2")
+    pairs(tmp_path / "derain" / "Rain100H", "1")
+    pairs(tmp_path / "dehaze" / "SOTS_outdoor", "1")
+    cases = PROTOCOLS["three-tasks"].cases(tmp_path)
+    assert [case.group for case in cases] == [
+        *(f"CBSD68 sigma {sigma}" for sigma in (15, 25, 50)),
+        "SOTS_outdoor",
+        *["Rain100L"] * 2,
+    ]
+    degraded, target = cases[-1].load()
+    torch.testing.assert_close(target[0], torch.from_numpy(PHOTO).permute(2, 0, 1) / 255)
+    assert degraded.mean() < target.mean()
+    with pytest.raises(ConfigError, match=r"no folder named GoPro or GOPRO.*'five-tasks'"):
+        PROTOCOLS["five-tasks"].cases(tmp_path)
+    everything = PROTOCOLS["pairs"].cases(tmp_path / "derain")
+    assert sorted(case.group for case in everything) == ["Rain100H", "Rain100L", "Rain100L"]
+
+
+def test_the_synthetic_protocol_takes_every_image(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "1.png")
+    cases = PROTOCOLS["synthetic"].cases(tmp_path)
+    assert len(cases) == 2 * 11
+    with pytest.raises(ConfigError, match="is no folder"):
+        PROTOCOLS["synthetic"].cases(tmp_path / "b")
+
+
+# Reports
+
+
+def measured() -> list[Measured]:
+    rows = [("rain", "1", 20.0, 24.0), ("rain", "2", 22.0, 30.0), ("low_light", "1", 10.0, 11.0)]
+    return [
+        Measured(group, image, network, psnr, psnr / 100)
+        for group, image, before, after in rows
+        for network, psnr in (("degraded", before), ("wrapped", after))
+    ]
+
+
+def test_tables_give_means_of_groups_and_the_mean_of_those(tmp_path: Path) -> None:
+    assert table(measured()).splitlines()[2:] == [
+        "| rain | 2 | 21.00 / 0.210 | 27.00 / 0.270 |",
+        "| low light | 1 | 10.00 / 0.100 | 11.00 / 0.110 |",
+        "| mean of the groups | 3 | 15.50 / 0.155 | 19.00 / 0.190 |",
+    ]
+    write_csv(measured(), tmp_path / "images.csv")
+    with (tmp_path / "images.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6
+    assert rows[1] == {
+        "group": "rain",
+        "image": "1",
+        "network": "wrapped",
+        "psnr": "24.0",
+        "ssim": "0.24",
+    }
+
+
+def test_pictures_show_every_group(tmp_path: Path) -> None:
+    draw_bars(measured(), tmp_path / "bars.png")
+    image = torch.from_numpy(PHOTO).permute(2, 0, 1) / 255
+    row = {"degraded": image / 2, "target": image}
+    draw_grid({"rain": row, "haze": row}, tmp_path / "grid.png")
+    for name in ("bars.png", "grid.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        assert min(pixels.shape[:2]) > 200
+        assert pixels.std() > 10
+    wide = Image.open(tmp_path / "grid.png").size
+    assert math.isclose(wide[0] / wide[1], 6 / 4.8, rel_tol=0.05)
+
+
+def test_a_stamp_says_what_it_was_made_with() -> None:
+    made = stamp("pairs", "cpu")
+    assert made["protocol"] == "pairs"
+    assert torch.__version__ in made["versions"]
+    assert made["device"].startswith("cpu")
+    assert len(made["date"]) == 10
+    assert made["commit"]
