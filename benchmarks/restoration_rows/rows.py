@@ -21,6 +21,10 @@ L1 = ObjectiveWeights(l1=1.0, contrastive=0.0, clip_aware=0.0, difficulty_adapti
 TOLD = {"degradations": len(FAMILIES), "severity": len(FAMILIES)}
 
 
+Told = Callable[[PerceiveModel, Tensor, Tensor], Perception]
+"""From a wrapped model, degraded images and their true severity (B, D) to what it is told."""
+
+
 @dataclass(frozen=True)
 class Row:
     """How a model is made of a backbone, and what its objective is.
@@ -34,7 +38,7 @@ class Row:
 
     make: Callable[[nn.Module, RestorationData], nn.Module]
     weights: ObjectiveWeights = L1
-    perceive: Callable[[PerceiveModel, Tensor, Tensor], Perception] | None = None
+    perceive: Told | None = None
     like: str | None = "wrapped"
     rates: tuple[float, ...] = field(default=(1e-3, 2e-3, 5e-3))
 
@@ -97,7 +101,9 @@ def wrapped(
     return make
 
 
-def oracle(*, severity: bool) -> Callable[[PerceiveModel, Tensor, Tensor], Perception]:
+def oracle(*, severity: bool) -> Told:
+    """The true degradations, and their true severity or the same for all."""
+
     def told(_: PerceiveModel, degraded: Tensor, truth: Tensor) -> Perception:
         present = (truth > 0).float()
         return Perception(degradations=present, severity=truth if severity else present / 2)
@@ -106,13 +112,43 @@ def oracle(*, severity: bool) -> Callable[[PerceiveModel, Tensor, Tensor], Perce
 
 
 def nothing(model: PerceiveModel, degraded: Tensor, _: Tensor) -> Perception:
+    """The same for every image."""
     seen = model.perceive(degraded)
     return replace(seen, **{name: torch.zeros_like(value) for name, value in seen.known().items()})
 
+
+def shuffled(model: PerceiveModel, degraded: Tensor, _: Tensor) -> Perception:
+    """What is in the image is told of another one of the batch, or of its own negative."""
+    seen = model.perceive(degraded)
+    if len(degraded) > 1:
+        return replace(seen, semantic=seen.semantic.roll(1, 0))
+    return replace(seen, semantic=model.perceive((1 - degraded).flip(2)).semantic)
+
+
+TREATED = tuple(FAMILIES.index(name) for name in ("haze", "rain", "low_light"))
+ORACLE = wrapped(treat=False, perceiver=False, sources=TOLD, treats=TREATED)
 
 ROWS: dict[str, Row] = {
     "LoRA": Row(lora(14), like=None),
     "everything": Row(everything, like=None, rates=(5e-4, 1e-3, 2e-3)),
     "wrapped": Row(wrapped(), OURS, like=None),
-    "wrapped, works everywhere": Row(wrapped(treat=False), OURS),
+    # What it is steered by
+    "works everywhere": Row(wrapped(treat=False), OURS),
+    "oracle": Row(ORACLE, L1, oracle(severity=False)),
+    "oracle with severity": Row(ORACLE, L1, oracle(severity=True)),
+    "zero perception": Row(wrapped(treat=False), L1, nothing),
+    "without the perceiver": Row(wrapped(treat=False, perceiver=False), OURS),
+    "without compact features": Row(wrapped(compact_dim=0), L1),
+    "with semantics": Row(wrapped(semantic="perceive-tiny"), OURS),
+    "with shuffled semantics": Row(wrapped(semantic="perceive-tiny"), OURS, shuffled),
+    # What it is made of
+    "low rank alone": Row(wrapped(level=None), OURS),
+    "modulation alone": Row(wrapped(layer=None), OURS),
+    "with cross-attention": Row(wrapped(level="cross_attention"), OURS),
+    # What it is trained by
+    "without the contrastive loss": Row(wrapped(), L1),
+    "with the difficulty-adaptive loss": Row(wrapped(), replace(OURS, difficulty_adaptive=0.1)),
+    "with the CLIP-aware loss": Row(wrapped(), replace(OURS, clip_aware=0.05)),
+    # Nothing frozen
+    "wrapped, everything": Row(wrapped(unfreeze=True), OURS, like="everything"),
 }

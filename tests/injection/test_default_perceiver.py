@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import zoo
+from safetensors.torch import save_file
 from wrapping import moved, wrapped
 
 from perceive_adapter import AdapterConfig, PerceiveModel, Perception, QualityPerceiver, wrap
@@ -114,6 +116,23 @@ def test_the_semantic_tower_needs_no_download() -> None:
     semantic = model.perceive(IMAGE).semantic
     assert semantic.shape == (2, 1, 192)
     assert semantic.norm(dim=-1).tolist() == [[pytest.approx(1)], [pytest.approx(1)]]
+    moved(model.injector)
+    seen = model.perceive(IMAGE)
+    steered = model(IMAGE, perception=seen)
+    other = dataclasses.replace(seen, semantic=seen.semantic.roll(1, 0))
+    assert not torch.allclose(steered, model(IMAGE, perception=other))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_mambaout", "test_coatnet"])
+def test_any_image_model_of_timm_may_guide(name: str, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model(name, num_classes=0).state_dict(), weights)
+    config = AdapterConfig(semantic=name, semantic_weights=str(weights))
+    model = wrap(zoo.UShape().eval(), config=config, perceiver=False)
+    semantic = model.perceive(IMAGE).semantic
+    assert semantic.shape == (2, model.semantic.levels, model.semantic.dim)
+    assert semantic.norm(dim=-1).flatten().tolist() == pytest.approx([1] * semantic[..., 0].numel())
+    model(IMAGE)
 
 
 def test_treat_names_degradations_that_the_perceiver_tells(

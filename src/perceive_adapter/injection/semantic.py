@@ -51,7 +51,8 @@ class SemanticGuidance(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         self.levels = len(DEPTHS) if self.prefixed else 1
-        self.dim = int(self.tower.num_features)
+        self.channel_axis = 3 if str(getattr(self.tower, "output_fmt", "")) == "NHWC" else 1
+        self.dim = self._measured_dim()
 
     def forward(self, image: Tensor) -> Tensor:
         """Return (B, L, S)."""
@@ -61,12 +62,18 @@ class SemanticGuidance(nn.Module):
         image = (image.clamp(0, 1) - self.mean) / self.std
         if not self.prefixed:
             features = self.tower.forward_features(image)
-            axes = (2, 3) if features.ndim == 4 else (1,)
-            return F.normalize(features.mean(dim=axes)[:, None], dim=-1)
+            if features.ndim == 4:
+                features = features.movedim(self.channel_axis, -1).flatten(1, 2)
+            return F.normalize(features.mean(dim=1)[:, None], dim=-1)
         outputs = self.tower.forward_intermediates(
             image, indices=self.depths, return_prefix_tokens=True, intermediates_only=True
         )
         return F.normalize(torch.stack([prefix[:, 0] for _, prefix in outputs], dim=1), dim=-1)
+
+    @torch.no_grad()
+    def _measured_dim(self) -> int:
+        """Width of the vectors: a model's last feature map need not have ``num_features``."""
+        return int(self(torch.zeros(1, 3, self.size, self.size)).shape[-1])
 
 
 def _load(model: str, weights: str | None) -> Any:
