@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +14,20 @@ from perceive_adapter.training.restoration import psnr, restored_by
 
 __all__ = ["find_treated"]
 
-_OWN = 1.0  # dB by which a backbone improves the images of a task that is its own
-_SEEN = 0.5  # mean presence from which a degradation counts as perceived in a task
-_COVERED = 0.7  # least mean strength of the adapter in every task that it is for
+_OWN = 1.0  # dB by which a backbone improves images whose damage it can undo
+_SEEN = 0.5  # presence from which a degradation counts as perceived
+_COVERED = 0.7  # least mean presence of what is treated, in what the backbone leaves of a task
 
 
 @torch.no_grad()
 def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) -> tuple[str, ...]:
     """Tell which degradations to name to :meth:`~perceive_adapter.PerceiveModel.treat`.
 
-    A task is the backbone's own where the bare backbone raises the PSNR by a decibel or more. The
-    degradations that the perceiver sees in the other tasks are treated, but for those that it sees
-    in the backbone's own. Where the perceiver does not see what is wrong in one of the tasks, the
-    adapter must work on every image, and nothing is named.
+    A degradation is the backbone's own where the bare backbone raises the PSNR of images in which
+    nothing else is perceived by a decibel or more. Those that the perceiver sees in most images of
+    a task are treated, but for the backbone's own. Where the perceiver does not see what is wrong
+    in a task that the backbone cannot undo, the adapter must work on every image, and nothing is
+    named.
 
     Args:
         model: wrapped with a perceiver that tells degradations.
@@ -38,32 +40,45 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
     names = model.perceiver.degradations if model.perceiver is not None else ()
     if not names:
         return ()
-    own: list[Tensor] = []
-    others: list[Tensor] = []
-    for samples in _by_task(data.probe(each), next(model.parameters()).device):
-        with model.disabled():
-            restored = restored_by(model, samples.degraded)
-        gain = psnr(restored, samples.target) - psnr(samples.degraded, samples.target)
-        present = model.perceive(model.value_range.from_unit(samples.context)).degradations
-        assert present is not None
-        (own if gain.mean() >= _OWN else others).append(present)
-    columns = sorted(_seen(others) - _seen(own))
-    for present in others:
-        strength = 1 - (1 - present[:, columns]).prod(dim=1)
-        if strength.mean() < _COVERED:
+    looked = [_look(model, s) for s in _by_task(data.probe(each), next(model.parameters()).device)]
+    own = _own(looked)
+    seen = [(task.present.mean(0) >= _SEEN) for task in looked]
+    treated = torch.stack(seen).any(0) & ~own
+    for task, families in zip(looked, seen, strict=True):
+        if task.gain.mean() >= _OWN and not (families & ~own).any():
+            continue
+        left = task.present[task.gain < _OWN]
+        strength = 1 - (1 - left[:, treated]).prod(dim=1)
+        if len(left) and strength.mean() < _COVERED:
             return ()
-    return tuple(names[column] for column in columns)
+    return tuple(name for name, chosen in zip(names, treated.tolist(), strict=True) if chosen)
+
+
+class _Looked(NamedTuple):
+    """Samples of a task: presence of each degradation (B, D), and what the backbone gains (B,)."""
+
+    present: Tensor
+    gain: Tensor
+
+
+def _look(model: PerceiveModel, samples: RestorationSample) -> _Looked:
+    with model.disabled():
+        restored = restored_by(model, samples.degraded)
+    gain = psnr(restored, samples.target) - psnr(samples.degraded, samples.target)
+    present = model.perceive(model.value_range.from_unit(samples.context)).degradations
+    assert present is not None
+    return _Looked(present, gain)
+
+
+def _own(looked: Sequence[_Looked]) -> Tensor:
+    """Which degradations the backbone undoes by itself, (D,)."""
+    perceived = torch.cat([task.present for task in looked]) >= _SEEN
+    gain = torch.cat([task.gain for task in looked])
+    alone = perceived & (perceived.sum(1, keepdim=True) == 1)
+    count = alone.sum(0)
+    return (count > 0) & ((gain @ alone.to(gain)) / count.clamp_min(1) >= _OWN)
 
 
 def _by_task(samples: RestorationSample, device: torch.device) -> Iterator[RestorationSample]:
     for task in dict.fromkeys(samples.task.tolist()):
         yield RestorationSample(*(part[samples.task == task].to(device) for part in samples))
-
-
-def _seen(tasks: Sequence[Tensor]) -> set[int]:
-    """The columns that are perceived in most images of one of the tasks."""
-    return {
-        column
-        for present in tasks
-        for column in (present.mean(0) >= _SEEN).nonzero().flatten().tolist()
-    }
