@@ -1,7 +1,7 @@
 """The ways to make one network restore more; each is trained by the same loop on the same data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Row:
     weights: ObjectiveWeights = L1
     perceive: Told | None = None
     like: str | None = "wrapped"
-    rates: tuple[float, ...] = field(default=(1e-3, 2e-3, 5e-3))
+    rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2)
 
     def restore(self, model: nn.Module) -> Callable[[Case], Tensor]:
         """Return what restores a case."""
@@ -130,7 +130,7 @@ ORACLE = wrapped(treat=False, perceiver=False, sources=TOLD, treats=TREATED)
 
 ROWS: dict[str, Row] = {
     "LoRA": Row(lora(14), like=None),
-    "everything": Row(everything, like=None, rates=(5e-4, 1e-3, 2e-3)),
+    "everything": Row(everything, like=None, rates=(5e-4, 1e-3, 2e-3, 5e-3)),
     "wrapped": Row(wrapped(), OURS, like=None),
     # What it is steered by
     "works everywhere": Row(wrapped(treat=False), OURS),

@@ -102,11 +102,14 @@ def main() -> None:
             every=told.get("every", 1000),
         )
     except Stopped:
+        accelerator.wait_for_everyone()  # none leaves while another still talks to it
+        accelerator.end_training()
         return
     losses = accelerator.reduce(torch.stack(objective.losses), "mean")
     if accelerator.is_main_process:
         (out / "losses.json").write_text(json.dumps(losses.tolist()))
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from perceive_adapter import wrap
-from perceive_adapter.training.restoration import psnr, restored_by
+from perceive_adapter.training.calling import psnr, restored_by
 
 
 def main(out: Path) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from perceive_adapter import AdapterConfig, Perception
 from perceive_adapter.data import FAMILIES
 from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
+from perceive_adapter.training.calling import psnr, restored_by
 from perceive_adapter.training.loop import Schedule
-from perceive_adapter.training.restoration import RestorationStep, psnr, restored_by
+from perceive_adapter.training.restoration import RestorationStep
 from perceive_adapter.training.stage2 import Stage2, train_restoration
 
 
@@ -226,3 +227,62 @@ def test_schedules_reach_the_optimizer() -> None:
     train(trained, recipe=Stage2(still, batch=2, weights=L1))
     for name, value in bits(trained.injector).items():
         torch.testing.assert_close(value, before[name])
+
+
+# Medium images
+
+
+class Half(nn.Module):
+    """A restorer that goes half of the way to white."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (image + 1) / 2
+
+
+class Seeing(Recording):
+    """Remembers the medium images."""
+
+    def forward(self, *images: Tensor, **options: Any) -> Any:
+        self.mediums = [medium.clone() for medium in options["medium"]]
+        return super().forward(*images, **options)
+
+
+def test_mediums_come_from_proxies_and_from_the_model_s_earlier_state() -> None:
+    objective, proxy = Seeing(FULL), Half()
+    trained = model().train()
+    with torch.no_grad():
+        next(trained.injector.prompt_sites[0].prompt.parameters()).add_(0.1)
+    step = RestorationStep(trained, objective, None, [proxy, "earlier"])
+    samples = data().probe(2)
+    step(samples)
+    before = restored_by(trained, samples.degraded, trained.perceive(samples.context)).detach()
+    torch.testing.assert_close(objective.mediums[0], (samples.degraded + 1) / 2)
+    torch.testing.assert_close(objective.mediums[1], before.clamp(0, 1))
+    with torch.no_grad():
+        for parameter in trained.injector.prompt_sites[0].parameters():
+            parameter.add_(0.1)
+    step(samples)  # the earlier state stays as it was until it is refreshed
+    perception = trained.perceive(samples.context).detach()
+    now = restored_by(trained, samples.degraded, perception).detach().clamp(0, 1)
+    assert not torch.allclose(objective.mediums[1], now, atol=1e-4)
+    torch.testing.assert_close(objective.mediums[1], before.clamp(0, 1), atol=1e-5, rtol=1e-4)
+    step.mediums.refresh(trained)
+    step(samples)
+    torch.testing.assert_close(objective.mediums[1], now)
+
+
+def test_goes_on_with_the_same_earlier_state(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "recipe": recipe(12, weights=FULL),
+        "mediums": ["earlier"],
+        "checkpoint": tmp_path / "state.pt",
+        "every": 4,
+    }
+    train_to(9, **settings)
+    resumed = train(model(), objective=Recording(FULL), **settings)
+    del settings["checkpoint"]
+    assert same(resumed, train(model(), objective=Recording(FULL), **settings))
+    settings["mediums"] = []
+    assert not same(resumed, train(model(), objective=Recording(FULL), **settings))
+    with pytest.raises(ConfigError, match="mediums are for the difficulty-adaptive loss"):
+        train(model(), mediums=["earlier"])

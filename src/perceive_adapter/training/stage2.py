@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from perceive_adapter.injection.checkpoint import whole
 from perceive_adapter.losses import ObjectiveWeights, RestorationObjective
 from perceive_adapter.training.checkpoints import REMEDY, read_checkpoint, write_checkpoint
 from perceive_adapter.training.loop import Schedule
+from perceive_adapter.training.mediums import MediumSource
 from perceive_adapter.training.restoration import Perceive, RestorationStep
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def train_restoration(
     recipe: Stage2 = PAPER_RESTORATION,
     objective: RestorationObjective | None = None,
     perceive: Perceive | None = None,
+    mediums: Sequence[MediumSource] = (),
     accelerator: Accelerator | None = None,
     checkpoint: Path | None = None,
     every: int = 500,
@@ -121,6 +123,8 @@ def train_restoration(
         objective: None for one of ``recipe.weights``.
         perceive: from the wrapped model and a batch to the perception that it is told, for an
             oracle or a teacher; None for what it perceives itself.
+        mediums: what makes half-restored images for the difficulty-adaptive loss: restorers, which
+            are frozen, and ``"earlier"`` for the model as it was at the last look at the probe.
         accelerator: precision, devices and trackers; None for what the environment says.
         checkpoint: file to go on from, and to write to.
         every: optimizer steps between two checkpoints.
@@ -129,16 +133,22 @@ def train_restoration(
         channels_last: keep images and the model's weights in that memory format.
 
     Raises:
-        ConfigError: nothing in the model is trainable, or the batch cannot be shared out evenly.
+        ConfigError: nothing in the model is trainable, the batch cannot be shared out evenly, or
+            there are mediums and no difficulty-adaptive loss.
         CheckpointError: the checkpoint is damaged or of another run.
         TrainingError: the loss is no longer finite; the last checkpoint is from before.
     """
     from accelerate import Accelerator
 
     objective = objective or RestorationObjective(recipe.weights)
+    if mediums and objective.difficulty_adaptive is None:
+        raise ConfigError(
+            "mediums are for the difficulty-adaptive loss, whose weight is 0: leave them out, or "
+            "give it a weight."
+        )
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    module = RestorationStep(model, objective, perceive)
+    module = RestorationStep(model, objective, perceive, mediums)
     if compile:
         module.compile()
     run = _Run(module, data, recipe, accelerator or Accelerator())
@@ -250,6 +260,7 @@ class _Run:
         inner = self.accelerator.unwrap_model(self.step)
         psnr = self.step(_on(self.probe, self.accelerator.device), measure=True)["psnr"].mean()
         self.psnr = float(self.accelerator.reduce(psnr, "mean"))
+        inner.mediums.refresh(inner.model)  # what was the latest is the earlier state from now on
         if inner.objective.difficulty_adaptive is not None and math.isfinite(self.psnr):
             inner.objective.difficulty_adaptive.update_difficulty(self.psnr)
 

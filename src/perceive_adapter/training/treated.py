@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
 from perceive_adapter.injection.model import PerceiveModel
-from perceive_adapter.training.restoration import psnr, restored_by
+from perceive_adapter.training.calling import psnr, restored_by
 
 __all__ = ["find_treated"]
 

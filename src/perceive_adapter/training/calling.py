@@ -1,0 +1,52 @@
+"""Call a network on images in [0, 1], wrapped or not, whatever its own range and arguments are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from perceive_adapter.injection.model import PerceiveModel
+from perceive_adapter.injection.perception import Perception
+from perceive_adapter.injection.probe import image_in
+
+__all__ = ["psnr", "restored_by"]
+
+_MIN_MSE = 1e-10
+
+
+def restored_by(
+    model: nn.Module,
+    degraded: Tensor,
+    perception: Perception | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Return what a network makes of images in [0, 1], in [0, 1] again but not clamped.
+
+    Args:
+        model: a :class:`~perceive_adapter.PerceiveModel`, or any network that works in [0, 1].
+        degraded: (B, 3, H, W).
+        perception: what a wrapped model is told; None for what it perceives.
+        weights: to run with in place of its own, by the parameters' names.
+    """
+    arguments: tuple[Tensor, ...] = (degraded,)
+    keywords: dict[str, Any] = {}
+    if isinstance(model, PerceiveModel):
+        image, (position, name) = model.value_range.from_unit(degraded), model.image_arg
+        arguments = (image,) if position == 0 else ()
+        keywords = {"perception": perception} | ({} if position == 0 else {str(name): image})
+    if weights is None:
+        output = model(*arguments, **keywords)
+    else:
+        output = functional_call(model, dict(weights), arguments, keywords)
+    restored = image_in(output, len(degraded))
+    return model.value_range.to_unit(restored) if isinstance(model, PerceiveModel) else restored
+
+
+def psnr(restored: Tensor, target: Tensor) -> Tensor:
+    """Return the PSNR of each image in dB, (B,), at most 100, of images clamped to [0, 1]."""
+    error = (restored.clamp(0, 1) - target.clamp(0, 1)).float().square().flatten(1).mean(1)
+    return -10 * error.clamp_min(_MIN_MSE).log10()

@@ -1,0 +1,87 @@
+"""Half-restored images for the difficulty-adaptive loss, made while stage 2 trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from perceive_adapter.injection.perception import Perception
+from perceive_adapter.training.calling import restored_by
+
+__all__ = ["EARLIER", "EarlierSelf", "MediumSource", "Mediums"]
+
+EARLIER: Final = "earlier"
+"""Names the model's own earlier state among the sources."""
+
+MediumSource: TypeAlias = nn.Module | Literal["earlier"]
+
+
+class EarlierSelf(nn.Module):
+    """The model as it was some time ago: its medium images get better as it does.
+
+    Args:
+        model: whose trainable parameters are remembered; it is not registered here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = [name for name, value in model.named_parameters() if value.requires_grad]
+        for index, name in enumerate(self.names):
+            self.register_buffer(str(index), model.get_parameter(name).detach().clone())
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Remember the model as it is now."""
+        for index, name in enumerate(self.names):
+            self.get_buffer(str(index)).copy_(model.get_parameter(name))
+
+    def forward(self, model: nn.Module, degraded: Tensor, perception: Perception | None) -> Tensor:
+        """Restore with what is remembered."""
+        remembered = {name: self.get_buffer(str(i)) for i, name in enumerate(self.names)}
+        return restored_by(model, degraded, perception, weights=remembered)
+
+
+class Mediums(nn.Module):
+    """The medium images of a batch, one for each source.
+
+    Args:
+        model: that is trained; it is not registered here.
+        sources: modules from degraded to half-restored image in [0, 1], which are frozen, and
+            ``"earlier"`` for the model's own earlier state.
+    """
+
+    def __init__(self, model: nn.Module, sources: Sequence[MediumSource]) -> None:
+        super().__init__()
+        self.sources = nn.ModuleList(
+            EarlierSelf(model) if source == EARLIER else source.requires_grad_(False).eval()
+            for source in sources
+        )
+
+    def refresh(self, model: nn.Module) -> None:
+        """Remember the model as it is now, where its earlier state is a source."""
+        for source in self.sources:
+            if isinstance(source, EarlierSelf):
+                source.refresh(model)
+
+    def train(self, mode: bool = True) -> Mediums:
+        """Keep the sources in evaluation mode."""
+        return self
+
+    @torch.no_grad()
+    def forward(
+        self, model: nn.Module, degraded: Tensor, perception: Perception | None
+    ) -> list[Tensor]:
+        """Return one tensor (B, 3, H, W) in [0, 1] for each source."""
+        if perception is not None:
+            perception = perception.detach()
+        return [
+            (
+                source(model, degraded, perception)
+                if isinstance(source, EarlierSelf)
+                else restored_by(source, degraded)
+            ).clamp(0, 1)
+            for source in self.sources
+        ]
