@@ -15,6 +15,7 @@ from perceive_adapter.losses import ClipAwareLoss, ObjectiveWeights, Restoration
 from perceive_adapter.training.restoration import Perceive
 from perceive_adapter.training.treated import find_treated
 from restoration_rows.images import Case
+from restoration_rows.promptir import Prompted
 
 OURS = ObjectiveWeights(l1=1.0, contrastive=0.1, clip_aware=0.0, difficulty_adaptive=0.0)
 L1 = ObjectiveWeights(l1=1.0, contrastive=0.0, clip_aware=0.0, difficulty_adaptive=0.0)
@@ -150,5 +151,8 @@ ROWS: dict[str, Row] = {
     "with the difficulty-adaptive loss": Row(wrapped(), replace(OURS, difficulty_adaptive=0.1)),
     "with the CLIP-aware loss": Row(wrapped(), replace(OURS, clip_aware=0.05)),
     # Nothing frozen
+    "PromptIR's prompts, everything": Row(
+        lambda backbone, _: Prompted(backbone), like="everything"
+    ),
     "wrapped, everything": Row(wrapped(unfreeze=True), OURS, like="everything"),
 }

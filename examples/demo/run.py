@@ -92,6 +92,7 @@ def main() -> int:
     print("The backbone: a NAFNet, trained on Gaussian noise and nothing else. Wrapped and frozen:")
     model = wrap(denoiser)
     model.print_trainable_parameters()
+    model.treat("rain", "haze", "low_light")  # leaves the denoiser alone where there is none
     print(f"Told apart by the bundled perceiver, unasked: {count_told(model.perceiver, cases)}.")
 
     photos = load_photos(HERE / "photos", longest_side=512)
