@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -568,13 +569,13 @@ def test_finetune_saves_an_adapter_that_evaluate_measures(
 def test_finetune_goes_on_where_it_was_killed(
     network: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from perceive_adapter.training import stage2
+    from perceive_adapter.training import restoration_run
 
     told = ["finetune", "--backbone", network, "--data", str(photos), "--seed", "3", *SHORT]
     told += ["--checkpoint-every", "2", "--ema", "0.5"]
     assert main([*told, "--out", str(tmp_path / "whole")]) == 0
 
-    update = stage2._Run.update
+    update = restoration_run.RestorationRun.update
 
     def dying(self: Any, step: int, passes: Any) -> None:
         if step == 3:
@@ -583,7 +584,7 @@ def test_finetune_goes_on_where_it_was_killed(
 
     killed = [*told, "--out", str(tmp_path / "killed")]
     with monkeypatch.context() as patched:
-        patched.setattr(stage2._Run, "update", dying)
+        patched.setattr(restoration_run.RestorationRun, "update", dying)
         assert main(killed) == 130
     assert main(killed) == 0
     first, second = (
@@ -667,3 +668,100 @@ def test_a_checkpoint_file_is_a_backbone_and_an_adapter_trains_further(
     before, after = (load_file(out / "adapter_model.safetensors") for out in (first, second))
     assert before.keys() == after.keys()
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_folder_is_not_taken_before_training_begins(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    told = ["finetune", "--backbone", network, "--data", str(photos), "--out", str(out), *SHORT]
+    assert main([*told, "--batch", "3", "--accumulate", "2"]) == 2
+    assert "cannot be shared out evenly" in capsys.readouterr().err
+    assert main([*told, "--batch", "2", "--accumulate", "2"]) == 0
+    assert main([*told, "--batch", "4", "--accumulate", "2"]) == 2
+    message = capsys.readouterr().err
+    assert "'batch': 2" in message
+    assert "'seed'" not in message.split("Run with")[0].replace("'seed': 0", "")
+    shutil.rmtree(out / "checkpoints")
+    assert main(told) == 2
+    assert "holds a saved adapter already" in capsys.readouterr().err
+
+
+def test_broken_photographs_are_named_or_skipped_and_never_lose_the_adapter(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "some"
+    shutil.copytree(photos, folder)
+    for name in ("a.jpg", "zz.jpg"):  # the last of five to nine is set aside
+        Image.open(photos / "astronaut.png").save(folder / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:-60])
+    out = tmp_path / "out"
+    told = ["finetune", "--backbone", network, "--data", str(folder), "--out", str(out), *SHORT]
+    assert main(told) == 2
+    assert re.search(r"a\.jpg.*--broken skip", capsys.readouterr().err)
+    assert main([*told, "--broken", "skip"]) == 0
+    printed = capsys.readouterr()
+    assert "Skipped 2 files" in printed.err
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_the_backbone_alone_is_measured_as_if_nothing_were_wrapped(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dark = str(dark_pairs(tmp_path / "sets" / "enhance", photos))
+    told = ["finetune", "--backbone", network, "--data", dark, "--out", str(tmp_path / "out")]
+    assert main([*told, *SHORT, "--learning-rate", "0.05", "--treat", "everywhere"]) == 0
+    usual = ["evaluate", "--backbone", network, "--data", dark, "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*usual, "--adapter", str(tmp_path / "out")]) == 0
+    with_adapter = capsys.readouterr().out.splitlines()[2].split(" | ")
+    assert main(usual) == 0
+    alone = capsys.readouterr().out.splitlines()[2].split(" | ")
+    assert with_adapter[3] == alone[3].removesuffix(" |")
+    assert with_adapter[4].removesuffix(" |") != with_adapter[3]
+
+
+def test_tasks_are_folders_and_targets_are_set_aside_with_all_that_is_theirs(
+    photos: Path, tmp_path: Path
+) -> None:
+    from perceive_adapter.cli.finetune_plan import find_data
+
+    image = Image.open(photos / "astronaut.png")
+    for scene in ("one", "two"):
+        for side in ("blur", "sharp"):
+            (tmp_path / "GOPRO" / "train" / scene / side).mkdir(parents=True)
+            image.save(tmp_path / "GOPRO" / "train" / scene / side / "1.png")
+    for index in range(6):
+        for name, side in (
+            *((f"{index}_{beta}.png", "hazy") for beta in "123"),
+            (f"{index}.png", "clear"),
+        ):
+            (tmp_path / "RESIDE" / side).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "RESIDE" / side / name)
+    found = find_data([tmp_path], "raise")
+    assert {pair.group for pair in found.pairs} == {"GOPRO", "RESIDE"}
+    assert len(found.held_pairs) == 3
+    assert not {p.target for p in found.held_pairs} & {p.target for p in found.pairs}
+    alone = find_data([tmp_path / "RESIDE", tmp_path / "GOPRO"], "raise")
+    assert {pair.group for pair in alone.pairs} == {"train", "RESIDE"}
+
+
+def test_a_saved_adapter_keeps_what_it_treats(network: str, photos: Path, tmp_path: Path) -> None:
+    told = ["finetune", "--backbone", network, "--data", str(photos), *SHORT]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*told, "--treat", "jpeg", "--out", str(first)]) == 0
+    assert main([*told, "--adapter", str(first), "--out", str(second)]) == 0
+    configs = [json.loads((out / "adapter_config.json").read_text()) for out in (first, second)]
+    assert configs[0]["config"]["treats"] == configs[1]["config"]["treats"] == [5]
+
+
+def test_the_file_of_options_may_be_joined_by_a_sign(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "o.yaml"
+    file.write_text("ratios: {snow: 3}\n")
+    told = ["finetune", "--backbone", network, "--data", str(photos), "--out", str(tmp_path / "o")]
+    assert main([*told, f"--config={file}", *SHORT]) == 2
+    assert "ratios of snow" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*told, f"--conf={file}"])

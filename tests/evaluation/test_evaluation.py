@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perceive_adapter.errors import ConfigError
+from perceive_adapter.errors import ConfigError, ImageError
 from perceive_adapter.evaluation.cases import Case, degraded_cases, noise_cases
 from perceive_adapter.evaluation.measure import Measured, compare
 from perceive_adapter.evaluation.protocols import PROTOCOLS
@@ -120,6 +120,31 @@ def test_named_sets_are_found_at_any_depth(tmp_path: Path) -> None:
         PROTOCOLS["five-tasks"].cases(tmp_path)
     everything = PROTOCOLS["pairs"].cases(tmp_path / "derain")
     assert sorted(case.group for case in everything) == ["Rain100H", "Rain100L", "Rain100L"]
+
+
+def test_of_a_set_the_part_to_test_on_counts(tmp_path: Path) -> None:
+    for name in ("original_png", "noisy25"):
+        save(tmp_path / "CBSD68" / name / "1.png")
+    pairs(tmp_path / "Rain100L", "1")
+    pairs(tmp_path / "SOTS" / "indoor", "1", "2")
+    pairs(tmp_path / "SOTS" / "outdoor", "1")
+    groups = [case.group for case in PROTOCOLS["three-tasks"].cases(tmp_path)]
+    assert groups == [*(f"CBSD68 sigma {s}" for s in (15, 25, 50)), "SOTS", "Rain100L"]
+    pairs(tmp_path / "GoPro" / "train", "1", "2")
+    pairs(tmp_path / "GoPro" / "test", "3")
+    pairs(tmp_path / "LOL" / "our485", "1", "2")
+    pairs(tmp_path / "LOL" / "eval15", "3")
+    groups = [case.group for case in PROTOCOLS["five-tasks"].cases(tmp_path)]
+    assert groups[-2:] == ["GoPro", "LOL"]
+
+
+@pytest.mark.parametrize(("target", "size"), [((3, 4), 1), ((16, 16), 2)])
+def test_images_that_cannot_be_measured(target: tuple[int, int], size: int) -> None:
+    image = torch.rand(1, 3, *target)
+    case = Case("x", "a", lambda: (image, image))
+    enlarge = torch.nn.Upsample(scale_factor=size)
+    with pytest.raises(ImageError, match=r"3 x 4 pixels: SSIM needs|expected the same size"):
+        compare({"one": enlarge}, [case])
 
 
 def test_the_synthetic_protocol_takes_every_image(tmp_path: Path) -> None:

@@ -61,6 +61,16 @@ def test_disabled_runs_the_bare_backbone() -> None:
     assert relative(model(IMAGE), expected) > 1e-3
 
 
+def test_disabled_restores_images_with_the_bare_backbone() -> None:
+    model, net = wrapped("isotropic"), CASES["isotropic"].net().eval()
+    with model.disabled():
+        bare = model.restore(IMAGE)
+        tiled = model.restore(torch.rand(1, 3, 200, 150), tile=96)
+    assert torch.equal(bare, net(IMAGE))
+    assert tiled.shape == (1, 3, 200, 150)
+    assert relative(model.restore(IMAGE), bare) > 1e-3
+
+
 def test_an_exception_ends_disabled() -> None:
     model, error = wrapped("isotropic"), RuntimeError("inside")
     with pytest.raises(RuntimeError, match="inside"), model.disabled():

@@ -13,9 +13,9 @@ import torch
 from restoring import FULL, L1, Net, Recording, Stopped, data, model, recipe
 from torch import Tensor, nn
 
-from perceive_adapter import AdapterConfig, Perception
+from perceive_adapter import AdapterConfig, Perception, wrap
 from perceive_adapter.data import FAMILIES
-from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
+from perceive_adapter.errors import BackboneError, CheckpointError, ConfigError, TrainingError
 from perceive_adapter.training.calling import psnr, restored_by
 from perceive_adapter.training.loop import Schedule
 from perceive_adapter.training.restoration import RestorationStep
@@ -156,8 +156,6 @@ class Named(Net):
 
 
 def test_images_go_where_the_backbone_takes_them() -> None:
-    from perceive_adapter import wrap
-
     trained = wrap(
         Named(),
         perceiver=False,
@@ -196,7 +194,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     train(model(), checkpoint=file, recipe=recipe(2))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"recipe": recipe(3)}, r"whose recipe was .*'steps': 2.*expected .*'steps': 3"),
-        ({"recipe": recipe(2), "data": data("haze")}, r"whose tasks was .*rain.*expected .*haze"),
+        ({"recipe": recipe(2), "data": data(seed=1)}, r"whose data was .*'seed': 0.*'seed': 1"),
+        ({"recipe": recipe(2), "data": data("haze")}, r"whose data was .*rain.*expected .*haze"),
     ]
     for options, message in cases:
         with pytest.raises(CheckpointError, match=message):
@@ -209,6 +208,112 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:999])
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         train(model(), checkpoint=file, recipe=recipe(2))
+
+
+class Poisoned(Recording):
+    """Its third loss is finite, and its gradient is not."""
+
+    def forward(self, *images: Tensor, **options: Any) -> Any:
+        terms = super().forward(*images, **options)
+        if len(self.losses) == 3:
+            spoilt = (images[0] - images[0].detach()).abs().sum().sqrt()  # 0, its slope infinite
+            terms = replace(terms, total=terms.total + spoilt)
+        return terms
+
+
+def test_a_gradient_that_is_not_finite_stops_before_its_weights_are_saved(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    with pytest.raises(TrainingError, match=r"norm of the gradient of step 2 is nan"):
+        train(model(), objective=Poisoned(L1), checkpoint=file, every=1)
+    assert torch.load(file, weights_only=True)["step"] == 2
+    with pytest.raises(TrainingError, match="norm of the gradient"):  # without a checkpoint too
+        train(model(), objective=Poisoned(L1), steps=3)
+
+
+class Dropping(Net):
+    """Drops features while it trains, in a module and in a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout2d(0.5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = super().forward(self.drop(image) * 0.5 + 0.5 * image)
+        return image + 0.1 * nn.functional.dropout(image, 0.5, self.training)
+
+
+def test_randomness_in_the_network_is_repeated_after_a_kill(tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return Dropping()
+
+    settings: dict[str, Any] = {"recipe": recipe(8), "checkpoint": tmp_path / "s.pt", "every": 3}
+    train_to(5, fresh(), **settings)
+    torch.manual_seed(99)
+    resumed = train(fresh(), **settings)
+    assert same(resumed, train(fresh(), recipe=recipe(8)))
+
+
+def test_a_frozen_backbone_drops_nothing() -> None:
+    trained = wrap(Dropping(), perceiver=False).train()
+    assert not trained.backbone.drop.training
+    trained.unfreeze("head.weight")
+    assert trained.train().backbone.drop.training
+
+
+@pytest.mark.parametrize("dies_at", [0, 4])
+def test_memory_format_and_compiling_train_as_well(dies_at: int) -> None:
+    plain = train(model(), steps=4)
+    for options in ({"channels_last": True}, {"compile": True}):
+        if "compile" in options and dies_at:
+            continue
+        with torch.compiler.set_stance("force_eager" if dies_at else "eager_on_recompile"):
+            other = train(model(), steps=4, **options)
+        for name, value in plain.injector.state_dict().items():
+            torch.testing.assert_close(
+                other.injector.state_dict()[name], value, rtol=1e-2, atol=1e-4
+            )
+
+
+class Gray(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.body(image)
+
+
+class Upscaler(Net):
+    def forward(self, image: Tensor) -> Tensor:
+        return nn.functional.interpolate(super().forward(image), scale_factor=2)
+
+
+class Multiple(Net):
+    def forward(self, image: Tensor) -> Tensor:
+        assert image.shape[-1] % 16 == 0
+        return super().forward(image)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Gray, r"images of 1 channels.*trains restoration of RGB images"),
+        (Upscaler, r"scales them by 2"),
+        (Multiple, r"multiples of 16, and the patches have 24"),
+    ],
+)
+def test_networks_that_cannot_be_trained_like_this_are_told_before(
+    net: type[nn.Module], message: str
+) -> None:
+    wrapped = wrap(net(), perceiver=False)
+    with pytest.raises(BackboneError, match=message):
+        train(wrapped)
+
+
+def test_a_plain_network_that_gives_another_size_is_told() -> None:
+    with pytest.raises(BackboneError, match=r"restores \(4, 3, 24, 24\) to \(4, 3, 48, 48\)"):
+        train(Upscaler())
 
 
 def test_a_loss_that_is_not_finite_stops_and_writes_nothing(tmp_path: Path) -> None:

@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         about = command.SUMMARY
-        added = commands.add_parser(command.NAME, help=about, description=f"{about}.")
+        added = commands.add_parser(
+            command.NAME, help=about, description=f"{about}.", allow_abbrev=False
+        )
         command.add_arguments(added)
         added.set_defaults(run=command.run)
     return parser

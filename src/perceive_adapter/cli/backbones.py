@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Final
 from perceive_adapter.errors import BackboneError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-__all__ = ["BACKBONE_HELP", "load_backbone"]
+    from perceive_adapter.evaluation.measure import Restore
+    from perceive_adapter.injection.model import PerceiveModel
+
+__all__ = ["BACKBONE_HELP", "load_backbone", "side_by_side"]
 
 BACKBONE_HELP: Final = (
     "a checkpoint file (.pth, .pt, .safetensors) of an architecture that spandrel knows, or "
@@ -34,6 +37,20 @@ def load_backbone(told: str) -> nn.Module:
     if not separator or not module or not function:
         raise BackboneError(f"--backbone {told}: expected {BACKBONE_HELP}.")
     return _from_code(module, function)
+
+
+def side_by_side(model: PerceiveModel, tile: int | None = None) -> dict[str, Restore]:
+    """Return the backbone alone and the wrapped one, whole or in tiles, for an evaluation."""
+
+    def wrapped(image: Tensor) -> Tensor:
+        restored: Tensor = model.restore(image, tile=tile)
+        return restored
+
+    def bare(image: Tensor) -> Tensor:
+        with model.disabled():
+            return wrapped(image)
+
+    return {"backbone": bare, "wrapped": wrapped}
 
 
 def _from_checkpoint(file: Path) -> nn.Module:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
-from perceive_adapter.cli.backbones import BACKBONE_HELP, load_backbone
-from perceive_adapter.cli.options import device, integer
+from perceive_adapter.cli.backbones import BACKBONE_HELP, load_backbone, side_by_side
+from perceive_adapter.cli.options import device, integer, needs
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,78 +50,76 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Evaluate, print the table, and write what was asked for."""
+    needs("torchmetrics", "matplotlib", extra="train")
     from perceive_adapter.evaluation.measure import compare
     from perceive_adapter.evaluation.protocols import PROTOCOLS
     from perceive_adapter.evaluation.report import table
 
+    out: Path | None = arguments.out
+    if out is not None:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{str(out)!r} is a file: give the name of a folder.")
+        out.mkdir(parents=True, exist_ok=True)
     cases = PROTOCOLS[arguments.protocol].cases(arguments.data)
     if arguments.limit is not None:
         cases = _limited(cases, arguments.limit)
-    networks = _networks(arguments)
     shown: dict[str, dict[str, Tensor]] = {}
 
     def keep(case: Case, images: dict[str, Tensor]) -> None:
         shown.setdefault(case.group, {name: image.cpu() for name, image in images.items()})
 
-    measured = compare(networks, _with_progress(cases), device=arguments.device, keep=keep)
+    measured = compare(
+        _networks(arguments), _with_progress(cases), device=arguments.device, keep=keep
+    )
     print(table(measured))
-    if arguments.out is not None:
-        _write(arguments, measured, shown)
+    if out is not None:
+        _write(arguments, out, measured, shown)
     return 0
 
 
 def _networks(arguments: Namespace) -> dict[str, Restore]:
-    """The backbone alone, and wrapped; both see whole images, or tiles of them."""
-    import torch
-
+    """The backbone alone, and wrapped where there is an adapter."""
     from perceive_adapter.injection.wrap import wrap
 
     backbone = load_backbone(arguments.backbone).to(arguments.device).eval()
-    if arguments.adapter is None:
-        model = wrap(backbone, perceiver=False)
-    else:
-        model = wrap(backbone, arguments.adapter)
-
-    def wrapped(image: Tensor) -> Tensor:
-        restored = model.restore(image, tile=arguments.tile)
-        assert isinstance(restored, torch.Tensor)
-        return restored
-
-    def bare(image: Tensor) -> Tensor:
-        with model.disabled():
-            return wrapped(image)
-
-    return (
-        {"backbone": bare} if arguments.adapter is None else {"backbone": bare, "wrapped": wrapped}
-    )
+    if arguments.adapter is not None:
+        return side_by_side(wrap(backbone, arguments.adapter), arguments.tile)
+    both = side_by_side(wrap(backbone, perceiver=False), arguments.tile)
+    return {"backbone": both["backbone"]}
 
 
 def _limited(cases: list[Case], limit: int) -> list[Case]:
+    """So many images of each group, the same ones every time."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault(case.group, []).append(case)
-    return [case for group in groups.values() for case in group[:: -(-len(group) // limit)]]
+    chosen = []
+    for group in groups.values():
+        places = Random(0).sample(range(len(group)), min(limit, len(group)))
+        chosen += [group[place] for place in sorted(places)]
+    return chosen
 
 
-def _with_progress(cases: list[Case]) -> list[Case]:
+def _with_progress(cases: list[Case]) -> Iterable[Case]:
     from tqdm import tqdm
 
-    progress: list[Case] = tqdm(cases, "evaluate", ncols=80, file=sys.stderr, leave=False)
+    progress: Iterable[Case] = tqdm(cases, "evaluate", ncols=80, file=sys.stderr, leave=False)
     return progress
 
 
 def _write(
-    arguments: Namespace, measured: list[Measured], shown: dict[str, dict[str, Tensor]]
+    arguments: Namespace,
+    out: Path,
+    measured: list[Measured],
+    shown: dict[str, dict[str, Tensor]],
 ) -> None:
     from perceive_adapter.evaluation.report import draw_bars, draw_grid, stamp, table, write_csv
     from perceive_adapter.training.runs import write_json
 
-    out: Path = arguments.out
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{str(out)!r} is a file: give the name of a folder.")
-    out.mkdir(parents=True, exist_ok=True)
     made = stamp(arguments.protocol, arguments.device)
-    made |= {"backbone": arguments.backbone, "adapter": str(arguments.adapter or "")}
+    for name in ("backbone", "adapter", "data", "tile", "limit"):
+        value = getattr(arguments, name)
+        made[name] = "none" if value is None else str(value)
     lines = [*(f"- {name}: {value}" for name, value in made.items()), "", table(measured), ""]
     (out / "table.md").write_text("\n".join(lines), encoding="utf-8")
     write_json(out / "stamp.json", made)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceive_adapter.cli.backbones import BACKBONE_HELP, load_backbone
+from perceive_adapter.cli.backbones import BACKBONE_HELP, load_backbone, side_by_side
 from perceive_adapter.cli.finetune_plan import (
     find_data,
     make_data,
     make_recipe,
     options_of,
 )
-from perceive_adapter.cli.options import between, integer, rate
+from perceive_adapter.cli.options import between, integer, needs, rate
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor
 
     from perceive_adapter.cli.finetune_plan import Found
     from perceive_adapter.data.restoration import RestorationData
@@ -90,7 +90,8 @@ def _add_adapter(parser: ArgumentParser) -> None:
         metavar="NAME",
         default=["auto"],
         help="degradations that the adapter works on, and leaves the backbone alone otherwise: "
-        "auto (default) finds what the data has and the backbone cannot undo; everywhere: no limit",
+        "auto (default) finds what the data has and the backbone cannot undo, or keeps what "
+        "--adapter treats; everywhere: no limit",
     )
 
 
@@ -102,8 +103,8 @@ def _add_recipe(parser: ArgumentParser) -> None:
     add("--accumulate", type=integer(1, 4096), default=1, metavar="N", help="passes of a step (1)")
     add("--context", type=side, default=256, metavar="PX", help="crops that are perceived (256)")
     add("--patch", type=side, default=128, metavar="PX", help="part that is restored (128)")
-    add("--learning-rate", type=rate, default=1e-3, metavar="R", help="at the start (1e-3)")
-    add("--final-learning-rate", type=rate, default=1e-5, metavar="R", help="at the end (1e-5)")
+    add("--learning-rate", type=rate, default=2e-3, metavar="R", help="at its highest (2e-3)")
+    add("--final-learning-rate", type=rate, default=2e-5, metavar="R", help="at the end (2e-5)")
     add("--ema", type=between(0, 1), default=0.0, metavar="D", help="decay of averaged weights (0)")
     weight = between(0, 1e6)
     add("--contrastive", type=weight, default=0.1, metavar="W", help="weight beside L1's 1 (0.1)")
@@ -114,7 +115,11 @@ def _add_recipe(parser: ArgumentParser) -> None:
 
 def _add_machine(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("the machine").add_argument
-    add("--precision", choices=("no", "bf16", "fp16"), default="no", help="of autocast (no)")
+    add(
+        "--precision",
+        choices=("no", "bf16", "fp16"),
+        help="of autocast (as accelerate is configured; no)",
+    )
     add("--compile", action="store_true", help="run through torch.compile")
     add("--channels-last", action="store_true", help="keep images and weights channels last")
     add("--workers", type=integer(0, 256), default=0, metavar="N", help="drawing samples (0)")
@@ -124,6 +129,7 @@ def _add_machine(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Train, measure on what was set aside, and save an adapter."""
+    needs("accelerate", "torchmetrics", extra="train")
     from accelerate import Accelerator
 
     from perceive_adapter.training.runs import claim_folder
@@ -132,12 +138,16 @@ def run(arguments: Namespace) -> int:
     recipe = make_recipe(arguments)
     found = find_data(arguments.data, arguments.broken)
     data = make_data(found, arguments)
-    model = _wrapped(arguments, data)
     accelerator = Accelerator(
         mixed_precision=arguments.precision, cpu=arguments.cpu, **_logged(arguments)
     )
+    model = _wrapped(arguments).to(accelerator.device)
+    objective = _objective(recipe, model)
+    options = options_of(arguments, recipe, found, model)
     with accelerator.main_process_first():
-        checkpoints = claim_folder(arguments.out, options_of(arguments, recipe, found))
+        checkpoints = claim_folder(arguments.out, options)
+    if arguments.treat == ["auto"] and arguments.adapter is None:  # a saved one keeps its own
+        _treat_by_itself(model, data, checkpoints / "treated.json", accelerator)
     if accelerator.is_main_process:
         _introduce(model, data, found)
     accelerator.init_trackers("finetune")
@@ -145,7 +155,7 @@ def run(arguments: Namespace) -> int:
         model,
         data,
         recipe=recipe,
-        objective=_objective(recipe, model),
+        objective=objective,
         accelerator=accelerator,
         checkpoint=checkpoints / "stage2.pt",
         every=arguments.checkpoint_every,
@@ -153,35 +163,44 @@ def run(arguments: Namespace) -> int:
         compile=arguments.compile,
         channels_last=arguments.channels_last,
     )
-    accelerator.end_training()
     _save(arguments, model, found, accelerator)
+    accelerator.end_training()
     return 0
 
 
-def _wrapped(arguments: Namespace, data: RestorationData) -> PerceiveModel:
-    """Wrap the backbone, and let the adapter treat what it should."""
+def _wrapped(arguments: Namespace) -> PerceiveModel:
+    """Wrap the backbone with a new adapter, or with a saved one to train further."""
     from accelerate.utils import set_seed
 
     from perceive_adapter import AdapterConfig, wrap
-    from perceive_adapter.training.treated import find_treated
 
     set_seed(arguments.seed)
     backbone = load_backbone(arguments.backbone)
-    if arguments.adapter is not None:
+    if arguments.adapter is None:
+        config = AdapterConfig(rank=arguments.rank)
+        model = wrap(backbone, config=config, perceiver=arguments.perceiver)
+    else:
         given = [name for name in ("perceiver", "rank") if getattr(arguments, name) is not None]
         if given:
             raise ConfigError(f"--adapter brings its own {' and '.join(given)}: leave that out.")
         model = wrap(backbone, arguments.adapter, is_trainable=True)
-    else:
-        config = AdapterConfig(rank=arguments.rank)
-        model = wrap(backbone, config=config, perceiver=arguments.perceiver)
-    if arguments.treat == ["auto"]:
-        model.treat(*find_treated(model, data))
-    elif arguments.treat != ["everywhere"]:
-        model.treat(*arguments.treat)
-    elif model.injector.config.treats is not None:
-        model.treat()
+    if arguments.treat != ["auto"]:
+        model.treat(*(() if arguments.treat == ["everywhere"] else arguments.treat))
     return model
+
+
+def _treat_by_itself(
+    model: PerceiveModel, data: RestorationData, file: Path, accelerator: Accelerator
+) -> None:
+    """Let the adapter treat what it should; what was found once counts for the whole run."""
+    from perceive_adapter.training.runs import write_json
+    from perceive_adapter.training.treated import find_treated
+
+    begun = any(file.parent.glob("*.pt"))
+    if accelerator.is_main_process and not (begun and file.exists()):
+        write_json(file, {"treated": find_treated(model, data)})
+    accelerator.wait_for_everyone()
+    model.treat(*json.loads(file.read_text(encoding="utf-8"))["treated"])
 
 
 def _objective(recipe: Stage2, model: PerceiveModel) -> RestorationObjective:
@@ -225,33 +244,28 @@ def _introduce(model: PerceiveModel, data: RestorationData, found: Found) -> Non
 def _save(
     arguments: Namespace, model: PerceiveModel, found: Found, accelerator: Accelerator
 ) -> None:
-    """Measure on what was set aside, and save the adapter with the figures in its card."""
+    """Save the adapter, measure it on what was set aside, and put the figures into its card."""
     from perceive_adapter.evaluation.measure import compare
     from perceive_adapter.evaluation.report import group_means, table
-    from perceive_adapter.injection.checkpoint import save_adapter
+    from perceive_adapter.injection.checkpoint import is_sharded, save_adapter
 
+    sharded = any(map(is_sharded, model.parameters()))
+    if sharded or accelerator.is_main_process:
+        save_adapter(model, arguments.out)
     if not accelerator.is_main_process:
         return
-    model.eval()
+    print(f"Saved in {str(arguments.out)!r}.\n")
     cases = found.held_cases(arguments.tasks)
+    if sharded or not cases:
+        return
+    model.eval()
+    measured = compare(side_by_side(model), cases, device=accelerator.device)
+    print(table(measured))
     figures: dict[str, float | str] = {}
-    if cases:
-
-        def bare(image: Tensor) -> Tensor:
-            with model.disabled():
-                return wrapped(image)
-
-        def wrapped(image: Tensor) -> Tensor:
-            restored: Tensor = model.restore(image)
-            return restored
-
-        measured = compare({"backbone": bare, "wrapped": wrapped}, cases, device=accelerator.device)
-        print(table(measured))
-        for group, networks in group_means(measured).items():
-            for name, (psnr, _) in networks.items():
-                figures[f"{group}, {name}: PSNR in dB on what was set aside"] = psnr
+    for group, networks in group_means(measured).items():
+        for name, (psnr, _) in networks.items():
+            figures[f"{group}, {name}: PSNR in dB on what was set aside"] = psnr
     save_adapter(model, arguments.out, figures)
-    print(f"\nSaved in {str(arguments.out)!r}.")
 
 
 def _say(message: str) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from perceive_adapter.errors import ConfigError
+from perceive_adapter.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from perceive_adapter.data.pairs import Pair
     from perceive_adapter.data.restoration import RestorationData
     from perceive_adapter.evaluation.cases import Case
+    from perceive_adapter.injection.model import PerceiveModel
     from perceive_adapter.training.stage2 import Stage2
 
 __all__ = ["Found", "find_data", "hold_out", "make_data", "make_recipe", "options_of"]
@@ -21,31 +25,39 @@ __all__ = ["Found", "find_data", "hold_out", "make_data", "make_recipe", "option
 T = TypeVar("T")
 
 _FEWEST = 5  # files of a kind from which some are set aside
-_LARGEST = 2000  # pixels of the longest side of a clean photograph
+_LARGEST = 1200  # pixels of the longest side of a clean photograph in training
+_MEASURED = 40  # images of a task that are measured at the end
 
 
 class Found(NamedTuple):
-    """The files of all folders: to train on, and set aside.
+    """What all folders hold: to train on, and set aside.
 
     Args:
-        pairs: pairs of files to train on.
-        photos: clean photographs to degrade.
-        held_pairs: pairs that training never sees.
-        held_photos: photographs that training never sees.
+        pairs: pairs of files to train on; their groups are the tasks.
+        photos: clean photographs to degrade, (3, H, W) uint8.
+        held_pairs: pairs that training never sees, nor their targets.
+        held_photos: files of photographs that training never sees.
+        digest: of the names of all files.
         skipped: what is wrong with each file that cannot be used.
     """
 
     pairs: tuple[Pair, ...]
-    photos: tuple[Path, ...]
+    photos: tuple[Tensor, ...]
     held_pairs: tuple[Pair, ...]
     held_photos: tuple[Path, ...]
+    digest: str
     skipped: tuple[str, ...]
 
     def held_cases(self, tasks: Sequence[str]) -> list[Case]:
-        """Return what to measure on at the end."""
+        """Return what to measure on at the end, a few dozen images of each task at most."""
         from perceive_adapter.evaluation.cases import degraded_cases, pair_cases
 
-        return [*pair_cases(self.held_pairs), *degraded_cases(self.held_photos, tasks)]
+        groups: dict[str, list[Pair]] = {}
+        for pair in self.held_pairs:
+            groups.setdefault(pair.group, []).append(pair)
+        pairs = [pair for group in groups.values() for pair in group[:_MEASURED]]
+        photos = self.held_photos[: _MEASURED // 2]  # each of them twice, mild and severe
+        return [*pair_cases(pairs), *(degraded_cases(photos, tasks) if self.photos else ())]
 
 
 def find_data(folders: Sequence[Path], broken: str) -> Found:
@@ -53,33 +65,82 @@ def find_data(folders: Sequence[Path], broken: str) -> Found:
 
     Raises:
         ConfigError: a folder holds neither, or does not exist.
-        ImageError: a file of a pair cannot be used, and is not to be skipped.
+        ImageError: a file cannot be used, and is not to be skipped.
     """
     from perceive_adapter.data.pairs import find_pairs, holds_pairs
     from perceive_adapter.data.samples import find_images
 
+    skip = broken == "skip"
     pairs: list[Pair] = []
-    photos: list[Path] = []
+    paths: list[Path] = []
     skipped: list[str] = []
     for folder in folders:
         if holds_pairs(folder):
-            found = find_pairs(folder, broken="skip" if broken == "skip" else "raise")
-            pairs += found.pairs
+            found = find_pairs(folder, broken="skip" if skip else "raise")
+            pairs += [replace(pair, group=_task(pair, folder)) for pair in found.pairs]
             skipped += found.skipped
         else:
-            photos += find_images(folder)
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.group, []).append(pair)
-    split = [hold_out(group) for group in groups.values()]
-    trained, held = hold_out(photos)
+            paths += find_images(folder)
+    trained, held = _split_pairs(pairs)
+    kept, apart = hold_out(paths)
+    photos = _read(kept, skip, skipped)
+    held_photos = [path for path in apart if _read([path], skip, skipped)]
+    held_pairs = [pair for pair in held if _readable(pair, skip, skipped)]
+    names = [str(path) for pair in pairs for path in (pair.degraded, pair.target)]
+    digest = hashlib.sha256("\n".join([*names, *map(str, paths)]).encode()).hexdigest()
     return Found(
-        tuple(pair for kept, _ in split for pair in kept),
         tuple(trained),
-        tuple(pair for _, apart in split for pair in apart),
-        tuple(held),
+        tuple(photos),
+        tuple(held_pairs),
+        tuple(held_photos),
+        digest,
         tuple(skipped),
     )
+
+
+def _task(pair: Pair, folder: Path) -> str:
+    """The folder below the one that was given, or that one's own name: GoPro's scenes are one."""
+    return pair.group.split("/")[0] or folder.resolve().name
+
+
+def _split_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Set targets aside, with all that was degraded of them."""
+    tasks: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        tasks.setdefault(pair.group, []).append(pair)
+    trained, held = [], []
+    for found in tasks.values():
+        apart = set(hold_out(list(dict.fromkeys(pair.target for pair in found)))[1])
+        trained += [pair for pair in found if pair.target not in apart]
+        held += [pair for pair in found if pair.target in apart]
+    return trained, held
+
+
+def _read(paths: Sequence[Path], skip: bool, skipped: list[str]) -> list[Tensor]:
+    from perceive_adapter.data.samples import load_photos
+
+    photos = []
+    for path in paths:
+        try:
+            photos += load_photos([path], largest=_LARGEST)
+        except ImageError as error:
+            if not skip:
+                raise ImageError(f"{error} Or leave such files out with --broken skip.") from error
+            skipped.append(str(error))
+    return photos
+
+
+def _readable(pair: Pair, skip: bool, skipped: list[str]) -> bool:
+    from perceive_adapter.data.pairs import read_pair
+
+    try:
+        read_pair(pair)
+    except ImageError as error:
+        if not skip:
+            raise
+        skipped.append(str(error))
+        return False
+    return True
 
 
 def hold_out(items: Sequence[T]) -> tuple[list[T], list[T]]:
@@ -105,14 +166,13 @@ def make_data(found: Found, arguments: Namespace) -> RestorationData:
             the data refuses.
     """
     from perceive_adapter.data.restoration import CleanPhotos, PairFiles, RestorationData, Source
-    from perceive_adapter.data.samples import CropSampler, load_photos
+    from perceive_adapter.data.samples import CropSampler
 
     sources: list[Source] = []
     if found.pairs:
         sources.append(PairFiles(found.pairs, broken=arguments.broken))
     if found.photos:
-        photos = CropSampler(load_photos(found.photos, largest=_LARGEST))
-        sources.append(CleanPhotos(photos, arguments.tasks))
+        sources.append(CleanPhotos(CropSampler(found.photos), arguments.tasks))
     return RestorationData(
         sources,
         context=arguments.context,
@@ -164,13 +224,18 @@ def make_recipe(arguments: Namespace) -> Stage2:
     return replace(ADAPTER, schedule=schedule, weights=weights, **given)
 
 
-def options_of(arguments: Namespace, recipe: Stage2, found: Found) -> dict[str, Any]:
+def options_of(
+    arguments: Namespace, recipe: Stage2, found: Found, model: PerceiveModel
+) -> dict[str, Any]:
     """What decides the weights: a run with other values is another run."""
-    names = ["backbone", "adapter", "perceiver", "rank", "treat", "tasks", "ratios", "context"]
-    names += ["patch", "seed", "precision", "channels_last"]
-    files = [str(path) for pair in found.pairs for path in (pair.degraded, pair.target)]
+    from perceive_adapter.injection.checkpoint import fingerprint
+
+    names = ["rank", "adapter", "treat", "tasks", "ratios", "context", "patch", "seed"]
+    names += ["precision", "channels_last"]
     return {
         **{name: getattr(arguments, name) for name in names},
         "recipe": asdict(recipe),
-        "files": [*files, *map(str, found.photos)],
+        "files": found.digest,
+        "backbone": fingerprint(model.backbone),
+        "perceiver": model.perceiver.fingerprint() if model.perceiver is not None else None,
     }

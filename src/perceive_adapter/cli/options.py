@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from perceive_adapter.errors import ConfigError, MissingDependencyError
 
-__all__ = ["between", "device", "integer", "rate", "with_config"]
+__all__ = ["between", "device", "integer", "needs", "rate", "with_config"]
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -65,29 +66,52 @@ def between(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
+def needs(*modules: str, extra: str) -> None:
+    """Raise, before anything is done, if a module is not installed.
+
+    Raises:
+        MissingDependencyError: it names the extra that installs it.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"{' and '.join(missing)} not installed: pip install "
+            f'"perceive-adapter[{extra}]", or that alone.'
+        )
+
+
 def with_config(argv: Sequence[str]) -> list[str]:
     """Put the options of a YAML file, ``--config FILE``, before those of the command line.
 
     The file is a mapping of option names to values: ``learning-rate: 1e-3``, ``tasks: [rain,
-    haze]``, ``compile: true``. What the line says too wins.
+    haze]``, ``ratios: {rain: 2}``, ``compile: true``. What the line says too wins.
 
     Raises:
         ConfigError: the file is missing or no such mapping.
         MissingDependencyError: PyYAML is not installed.
     """
-    given = list(argv)
+    given = [part for told in argv for part in _separated(told)]
     if "--config" not in given[1:-1]:
         return given
     place = given.index("--config")
-    file = Path(given[place + 1])
     options: list[str] = []
-    for name, value in _read_yaml(file).items():
+    for name, value in _read_yaml(Path(given[place + 1])).items():
         flag = f"--{str(name).replace('_', '-')}"
         if isinstance(value, bool):
             options += [flag] if value else []
         elif value is not None:
-            options += [flag, *map(str, value if isinstance(value, list) else [value])]
+            options += [flag, *_told(value)]
     return [given[0], *options, *given[1:place], *given[place + 2 :]]
+
+
+def _separated(told: str) -> list[str]:
+    return told.split("=", 1) if told.startswith("--config=") else [told]
+
+
+def _told(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{name}={part}" for name, part in value.items()]
+    return [str(part) for part in (value if isinstance(value, list) else [value])]
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

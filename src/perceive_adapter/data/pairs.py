@@ -155,7 +155,7 @@ def holds_pairs(folder: str | os.PathLike[str]) -> bool:
     known = (DEGRADED_FOLDERS, TARGET_FOLDERS)
     return any(
         all(any(name.casefold() in side for name in names) for side in known)
-        for _, names, _ in os.walk(root)
+        for _, names, _ in os.walk(root, followlinks=True)
     )
 
 
@@ -179,7 +179,7 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path]]:
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
     some = False
-    for parent, names, _ in os.walk(root):
+    for parent, names, _ in os.walk(root, followlinks=True):
         names.sort()
         sides = [
             [name for name in names if name.casefold() in known]

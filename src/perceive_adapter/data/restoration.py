@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -236,6 +236,7 @@ class RestorationData(Dataset[RestorationSample]):
                 self._source_of[task] = source
         self.tasks = tuple(self._source_of)
         self.context, self.patch, self.seed = context, patch, seed
+        self.ratios = dict(ratios or {})
         self._bounds = _shares(self.tasks, ratios or {}).cumsum(0)
 
     def __getitem__(self, index: int) -> RestorationSample:
@@ -258,6 +259,11 @@ class RestorationData(Dataset[RestorationSample]):
             torch.tensor(column),
             drawn.severity,
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the samples, besides the files."""
+        names = ("tasks", "context", "patch", "ratios", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def probe(self, each: int) -> RestorationSample:
         """Return a fixed batch of ``each`` samples of every task that is drawn, task by task."""

@@ -44,7 +44,8 @@ def pair_cases(pairs: Sequence[Pair]) -> Iterator[Case]:
         return _unit(degraded), _unit(target)
 
     for pair in pairs:
-        yield Case(pair.group or "pairs", pair.degraded.name, partial(load, pair))
+        image = f"{pair.group}/{pair.degraded.name}".removeprefix("/")
+        yield Case(pair.group or "pairs", image, partial(load, pair))
 
 
 def noise_cases(paths: Sequence[Path], sigma: float, group: str) -> Iterator[Case]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.data.samples import as_file
+from perceive_adapter.errors import ImageError
 from perceive_adapter.evaluation.cases import Case
 
 __all__ = ["Measured", "Restore", "compare"]
@@ -56,6 +57,9 @@ def compare(
         device: where the images go.
         keep: called with each case and its images, (3, H, W) by name, ``degraded`` and ``target``
             among them.
+
+    Raises:
+        ImageError: an image is too small to be measured, or a network gives another size.
     """
     found = []
     for case in cases:
@@ -77,6 +81,16 @@ def _metrics(image: Tensor, target: Tensor) -> tuple[float, float]:
         structural_similarity_index_measure,
     )
 
+    if min(target.shape[-2:]) <= _BORDER:
+        raise ImageError(
+            f"an image has {target.shape[-2]} x {target.shape[-1]} pixels: SSIM needs more than "
+            f"{_BORDER} on every side. Leave it out."
+        )
+    if image.shape != target.shape:
+        raise ImageError(
+            f"a network made {tuple(image.shape)} of an image whose target has "
+            f"{tuple(target.shape)}: expected the same size; upscalers are not evaluated here."
+        )
     psnr = peak_signal_noise_ratio(image, target, data_range=1.0)
     _, ssim = structural_similarity_index_measure(
         image, target, data_range=1.0, return_full_image=True

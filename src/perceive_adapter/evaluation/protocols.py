@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from perceive_adapter.data.degradations import DEGRADATIONS
 from perceive_adapter.data.pairs import find_pairs
@@ -18,6 +18,20 @@ __all__ = ["PROTOCOLS", "Protocol"]
 _SIGMAS: Final = (15, 25, 50)
 
 
+class _Set(NamedTuple):
+    """A set by the names that its folder may have, and those of the part that is tested on."""
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...] = ()
+
+
+_CBSD68: Final = _Set(("CBSD68", "BSD68"), ("gt", "original_png", "original", "clean", "HR"))
+_RAIN: Final = _Set(("Rain100L",), ("test",))
+_SOTS: Final = _Set(("SOTS", "SOTS_outdoor"), ("outdoor", "Outdoor"))
+_GOPRO: Final = _Set(("GoPro", "GOPRO", "GOPRO_Large"), ("test",))
+_LOL: Final = _Set(("LOL", "LOLv1", "LOL-v1", "LOLdataset"), ("eval15", "test"))
+
+
 @dataclass(frozen=True)
 class Protocol:
     """Which cases a folder gives.
@@ -25,16 +39,15 @@ class Protocol:
     Args:
         name: how the command line and reports call it.
         about: what it is, in a line.
-        noisy: folder of clean images that get noise of sigma 15, 25 and 50; None for none.
-        pairs: names that each set of pairs may have, the first one found counts; None takes every
-            set of pairs that there is.
-        tasks: degradations that are made of all images of the folder, where neither is given.
+        noisy: set of clean images that get noise of sigma 15, 25 and 50; None for none.
+        pairs: sets of pairs; None takes every set of pairs that there is.
+        tasks: degradations that are made of all images of the folder.
     """
 
     name: str
     about: str
-    noisy: tuple[str, ...] | None = None
-    pairs: tuple[tuple[str, ...], ...] | None = ()
+    noisy: _Set | None = None
+    pairs: tuple[_Set, ...] | None = ()
     tasks: tuple[str, ...] = ()
 
     def cases(self, data: Path) -> list[Case]:
@@ -48,36 +61,32 @@ class Protocol:
 
     def _cases(self, data: Path) -> Iterator[Case]:
         if self.noisy is not None:
-            folder = _find(data, self.noisy, self.name)
-            clean = [path for path in find_images(folder) if path.parent.name != "input"]
+            folder, part = _find(data, self.noisy, self.name)
             for sigma in _SIGMAS:
-                yield from noise_cases(clean, sigma, f"{folder.name} sigma {sigma}")
+                yield from noise_cases(find_images(part), sigma, f"{folder.name} sigma {sigma}")
         if self.pairs is None:
             yield from pair_cases(find_pairs(data).pairs)
-        for names in self.pairs or ():
-            folder = _find(data, names, self.name)
-            for case in pair_cases(find_pairs(folder).pairs):
+        for one in self.pairs or ():
+            folder, part = _find(data, one, self.name)
+            for case in pair_cases(find_pairs(part).pairs):
                 yield Case(folder.name, case.image, case.load)
         if self.tasks:
             yield from degraded_cases(find_images(data), self.tasks)
 
 
-def _find(data: Path, names: tuple[str, ...], protocol: str) -> Path:
-    """Find the folder of a set, below ``data`` or ``data`` itself."""
-    for name in names:
-        found = sorted(path for path in (data, *data.rglob(name)) if path.name == name)
-        if found and found[0].is_dir():
-            return found[0]
+def _find(data: Path, wanted: _Set, protocol: str) -> tuple[Path, Path]:
+    """Find the folder of a set, below ``data`` or ``data`` itself, and its part to test on."""
+    for name in wanted.names:
+        places = sorted(path for path in (data, *data.rglob(name)) if path.name == name)
+        for folder in filter(Path.is_dir, places):
+            parts = [folder / part for part in wanted.parts if (folder / part).is_dir()]
+            return folder, parts[0] if parts else folder
     raise ConfigError(
-        f"{str(data)!r} holds no folder named {' or '.join(names)}, which the protocol "
+        f"{str(data)!r} holds no folder named {' or '.join(wanted.names)}, which the protocol "
         f"{protocol!r} needs. Put the set there, or choose the protocol 'pairs', which takes "
         "whatever there is."
     )
 
-
-_CBSD68: Final = ("CBSD68", "BSD68")
-_RAIN: Final = ("Rain100L",)
-_SOTS: Final = ("SOTS", "SOTS_outdoor", "outdoor")
 
 PROTOCOLS: Final = {
     protocol.name: protocol
@@ -98,7 +107,7 @@ PROTOCOLS: Final = {
             "five-tasks",
             "the three tasks, GoPro and LOL",
             noisy=_CBSD68,
-            pairs=(_SOTS, _RAIN, ("GoPro", "GOPRO"), ("LOL", "LOLv1", "LOL-v1")),
+            pairs=(_SOTS, _RAIN, _GOPRO, _LOL),
         ),
     )
 }

@@ -77,7 +77,7 @@ class PerceiveModel(nn.Module):
                 tower.requires_grad_(False).eval()
         self.training = backbone.training  # not train(), which would undo an eval() of its parts
         self.adapters.train(backbone.training)
-        self.frozen.hold_statistics()
+        self.frozen.hold_still()
 
     # Running
 
@@ -184,7 +184,8 @@ class PerceiveModel(nn.Module):
     def fold(self, perception: Perception) -> Iterator[None]:
         """Run everything inside the context with one perception, folded into the weights.
 
-        For many forward passes of one image, such as its tiles. Other threads wait.
+        For many forward passes of one image, such as its tiles. Other threads wait. Inside
+        :meth:`disabled` it does nothing.
 
         Raises:
             PerceptionError: the perception is of more than one image, or a fold is under way.
@@ -197,6 +198,9 @@ class PerceiveModel(nn.Module):
         with injector.lock:
             if self._folded is not None:
                 raise PerceptionError("fold() is under way already; leave that context first")
+            if not injector.enabled:
+                yield
+                return
             with torch.no_grad():
                 condition = injector.encoder(perception)
             try:
@@ -293,15 +297,16 @@ class PerceiveModel(nn.Module):
                 f"{', '.join(unknown)} cannot be told apart: this model's perceiver {told}. Name "
                 "some of these, or wrap with a perceiver that tells degradations"
             )
-        self.injector.treat(tuple(known.index(name) for name in degradations) or None)
+        columns = tuple(known.index(name) for name in dict.fromkeys(degradations))
+        self.injector.treat(columns or None)
 
     def train(self, mode: bool = True) -> PerceiveModel:
-        """Set training mode; normalisation statistics and frozen towers stay as they are."""
+        """Set training mode; what is frozen neither updates statistics nor drops features."""
         super().train(mode)
         for tower in (self.perceiver, self.semantic):
             if tower is not None:
                 tower.eval()
-        self.frozen.hold_statistics()
+        self.frozen.hold_still()
         return self
 
     # Adapters

@@ -8,6 +8,8 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from perceive_adapter.errors import ConfigError
+from perceive_adapter.injection.checkpoint import is_sharded
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.training.calling import restored_by
 
@@ -24,10 +26,17 @@ class EarlierSelf(nn.Module):
 
     Args:
         model: whose trainable parameters are remembered; it is not registered here.
+
+    Raises:
+        ConfigError: the model is sharded.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        if any(map(is_sharded, model.parameters())):
+            raise ConfigError(
+                'a model that FSDP has sharded cannot be its own medium, "earlier"; give a restorer'
+            )
         self.names = [name for name, value in model.named_parameters() if value.requires_grad]
         for index, name in enumerate(self.names):
             self.register_buffer(str(index), model.get_parameter(name).detach().clone())

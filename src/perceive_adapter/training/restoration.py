@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.data.restoration import RestorationSample
-from perceive_adapter.errors import ConfigError
+from perceive_adapter.errors import BackboneError, ConfigError
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.losses import RestorationObjective
@@ -54,37 +54,63 @@ class RestorationStep(nn.Module):
 
     def forward(self, samples: RestorationSample, *, measure: bool = False) -> dict[str, Tensor]:
         """Return the objective's total and terms, or, to ``measure``, the ``psnr`` (B,) in dB."""
-        perception = None
+        perception, vectors = None, {}
         if isinstance(self.model, PerceiveModel):
             with torch.autocast(samples.context.device.type, enabled=False):  # as when it is used
                 perception = self.perceive(self.model, samples)
+                vectors = {} if measure else self._vectors(samples, perception)
         if measure:
-            restored = restored_by(self.model, samples.degraded, perception)
+            restored = self._restored(samples, perception)
             return {"psnr": psnr(restored, samples.target)}
         # Before the pass with gradient: hooks that run again in its backward see the last one.
         mediums = self.mediums(self.model, samples.degraded, perception)
-        restored = restored_by(self.model, samples.degraded, perception)
-        terms = self.objective(
-            restored,
-            samples.target,
-            degraded=samples.degraded,
-            medium=mediums,
-            **self._vectors(samples, perception),
-        )
+        restored = self._restored(samples, perception)
+        degraded, target = samples.degraded, samples.target
+        terms = self.objective(restored, target, degraded=degraded, medium=mediums, **vectors)
         return {**terms.as_dict(), "total": terms.total}
 
-    def _vectors(
-        self, samples: RestorationSample, perception: Perception | None
-    ) -> dict[str, Tensor]:
+    def _restored(self, samples: RestorationSample, perception: Perception | None) -> Tensor:
+        restored = restored_by(self.model, samples.degraded, perception)
+        if restored.shape != samples.target.shape:
+            raise BackboneError(
+                f"the network restores {tuple(samples.degraded.shape)} to {tuple(restored.shape)}, "
+                f"and the targets are {tuple(samples.target.shape)}: expected images of the same "
+                "size. Wrap what returns the restored image first, and no upscaler."
+            )
+        return restored
+
+    def check_patch(self, side: int) -> None:
+        """Raise if a wrapped network cannot be trained on RGB patches of this side.
+
+        Raises:
+            BackboneError: it takes other images, is an upscaler, or needs other sides.
+        """
+        model = self.model
+        if not isinstance(model, PerceiveModel):
+            return
+        plan = model.sites
+        if plan.image_channels != 3 or plan.scale != 1:
+            raise BackboneError(
+                f"the network takes images of {plan.image_channels} channels and scales them by "
+                f"{plan.scale:g}: stage 2 trains restoration of RGB images at their own size. Wrap "
+                "it in a module that converts, or write a loop of your own "
+                "(examples/finetune_your_own.py)."
+            )
+        if side % model.size_multiple:
+            raise BackboneError(
+                f"the network runs on sides that are multiples of {model.size_multiple}, and the "
+                f"patches have {side}: give a patch that is one."
+            )
+
+    def _vectors(self, samples: RestorationSample, perception: Perception) -> dict[str, Tensor]:
         """What the contrastive loss compares: compact features of two crops of one image."""
-        compact = None if perception is None else perception.compact
-        if compact is None or self.objective.contrastive is None:
+        if perception.compact is None or self.objective.contrastive is None:
             return {}
         assert isinstance(self.model, PerceiveModel)
         half = samples.context.shape[-1] // 2
         other = self.model.injector.perceive(samples.context.flip(3)[..., :half]).compact
         assert other is not None
-        return {"anchor": compact, "positive": other, "labels": samples.task}
+        return {"anchor": perception.compact, "positive": other, "labels": samples.task}
 
 
 def _perceive(model: PerceiveModel, samples: RestorationSample) -> Perception:

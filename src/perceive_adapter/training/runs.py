@@ -89,22 +89,26 @@ def _digest_of(found: Mapping[str, Path]) -> str:
 def claim_folder(out: Path, options: Mapping[str, Any]) -> Path:
     """Make the folder of a run's checkpoints in ``out``, and record the options that decide it.
 
+    A run that never came to a checkpoint may be started again with other options.
+
     Raises:
         ConfigError: ``out`` is no folder.
-        CheckpointError: it holds a run with other options, or a perceiver that no run here made.
+        CheckpointError: it holds a run with other options, or a perceiver or an adapter that no run
+            here made.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{str(out)!r} is a file: give the name of a folder.")
     checkpoints = out / "checkpoints"
     record = checkpoints / "options.json"
-    if record.exists():
+    if record.exists() and any(checkpoints.glob("*.pt")):
         _check_same(record, options)
         return checkpoints
-    if (out / "perceiver_config.json").exists():
-        raise CheckpointError(
-            f"{str(out)!r} holds a perceiver already, which would be lost. Give another folder, or "
-            "delete it first."
-        )
+    for kind in ("perceiver", "adapter"):
+        if (out / f"{kind}_config.json").exists():
+            raise CheckpointError(
+                f"{str(out)!r} holds a saved {kind} already, which would be lost. Give another "
+                "folder, or delete it first."
+            )
     checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(record, options)
     return checkpoints
@@ -125,10 +129,11 @@ def _check_same(record: Path, options: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{str(record)!r} is damaged ({error}). {remedy}") from error
     wanted = json.loads(json.dumps(options))
     if recorded != wanted:
-        before = _differing(recorded, wanted) if isinstance(recorded, dict) else recorded
+        known = recorded if isinstance(recorded, dict) else {}
         raise CheckpointError(
-            f"{str(record.parent)!r} belongs to a run with {before}, and this one has "
-            f"{_differing(wanted, before)}. Run with the same options and photographs, or: {remedy}"
+            f"{str(record.parent)!r} belongs to a run with {_differing(known, wanted)}, and this "
+            f"one has {_differing(wanted, known)}. Run with the same options and photographs, or: "
+            f"{remedy}"
         )
 
 

@@ -40,7 +40,10 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
     names = model.perceiver.degradations if model.perceiver is not None else ()
     if not names:
         return ()
-    looked = [_look(model, s) for s in _by_task(data.probe(each), next(model.parameters()).device)]
+    device, mode = next(model.parameters()).device, model.training
+    model.eval()
+    looked = [_look(model, samples) for samples in _by_task(data.probe(each), device)]
+    model.train(mode)
     own = _own(looked)
     seen = [(task.present.mean(0) >= _SEEN) for task in looked]
     treated = torch.stack(seen).any(0) & ~own
