@@ -8,8 +8,10 @@ names its learning rates is trained with each of them at the first seed, and kee
 best mean PSNR on photographs that were set aside from DIR/train/clean; every row is then trained
 with every seed, and reported on DIR/test, whole images in RGB.
 
-Every finished run is kept in out/quality, so that the command goes on where it was stopped, and
-`--rows` can be given in several processes; `--report` prints what is there.
+Rows that name none take over those of another, so they are measured where that one is at its best.
+Every finished run is kept in out/quality under its settings, weights included, so that the command
+goes on where it was stopped. It does not notice changes of the code: delete the folder after them.
+Several processes may share the work, each with its own `--rows`.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import perceive_adapter
-from perceive_adapter import QualityPerceiver
+from perceive_adapter import PerceiveModel, QualityPerceiver
 from perceive_adapter.data.restoration import CleanPhotos, RestorationData
 from perceive_adapter.data.samples import CropSampler
 from perceive_adapter.training.loop import Schedule
@@ -87,6 +89,7 @@ class Bench:
             found = {**settings, "seconds": round(time.perf_counter() - started)}
             trained = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
             save_file(trained, file.with_suffix(".safetensors"))
+            found["treats"] = treats(model)
             found["trainable"] = sum(p.numel() for p in trained.values())
             found["validation"] = measure(row.restore(model.eval()), self.validation)
             keep(file, found)
@@ -101,6 +104,8 @@ class Bench:
         if "test" not in found:
             file = self._file({k: found[k] for k in ("row", "seed", "rate", "weights")})
             model = row.make(load_denoiser(), self.data(seed)).eval()
+            if treats(model) != found.get("treats", treats(model)):
+                raise SystemExit(f"{name} treats other degradations now; delete {file}")
             with torch.no_grad():
                 for key, value in load_file(file.with_suffix(".safetensors")).items():
                     model.get_parameter(key).copy_(value)
@@ -139,6 +144,12 @@ class Bench:
         decides["damage"] = [f"{case.degraded.mean():.2f}" for case in self.test[::7]]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return KEPT / f"{digest}.json"
+
+
+def treats(model: nn.Module) -> list[int] | None:
+    """What a wrapped model treats."""
+    columns = model.injector.config.treats if isinstance(model, PerceiveModel) else None
+    return None if columns is None else list(columns)
 
 
 def keep(file: Path, found: dict) -> None:
