@@ -2,11 +2,12 @@
 
     python benchmarks/quality.py --data DIR
 
-One network that was trained on noise alone (the demo's NAFNet) learns noise, rain, haze and low
-light in the ways of `restoration_rows/rows.py`, by the same loop, on the same samples. A row that
-names its learning rates is trained with each of them at the first seed, and keeps the one with the
-best mean PSNR on photographs that were set aside from DIR/train/clean; every row is then trained
-with every seed, and reported on DIR/test, whole images in RGB.
+A small network that was trained on noise alone (the demo's NAFNet, or a Restormer or a SwinIR,
+which are trained for it first) learns noise, rain, haze and low light in the ways of
+`restoration_rows/rows.py`, by the same loop, on the same samples. A row that names its learning
+rates is trained with each of them at the first seed, and keeps the one with the best mean PSNR on
+photographs that were set aside from DIR/train/clean; every row is then trained with every seed, and
+reported on DIR/test, whole images in RGB.
 
 Rows that name none take over those of another, so they are measured where that one is at its best.
 Every finished run is kept in out/quality under its settings, weights included, so that the command
@@ -18,7 +19,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from environment import describe
+from restoration_rows.backbones import BACKBONES, load_backbone
 from restoration_rows.images import MIXTURES, TASKS, UNSEEN, damaged, measure, real_pairs, split
 from restoration_rows.images import test_photos as load_test_photos
 from restoration_rows.rows import ROWS, Row
@@ -40,9 +41,6 @@ from perceive_adapter.data.restoration import CleanPhotos, RestorationData
 from perceive_adapter.data.samples import CropSampler
 from perceive_adapter.training.loop import Schedule
 from perceive_adapter.training.stage2 import Stage2, train_restoration
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
-from denoiser import load_denoiser
 
 KEPT = Path("out/quality")
 BATCH, CONTEXT, PATCH = 8, 128, 64
@@ -62,9 +60,14 @@ class Bench:
         self.test = damaged(photos, TASKS) + others + real_pairs(arguments.data)
         self.perceiver = QualityPerceiver.from_pretrained("perceive-tiny").fingerprint()
 
+    def backbone(self) -> nn.Module:
+        """The denoiser, as it was trained."""
+        arguments = self.arguments
+        return load_backbone(arguments.backbone, self.photos, KEPT, cpu=arguments.cpu)
+
     def bare(self) -> dict[str, dict[str, float]]:
         """Measure the backbone untouched."""
-        backbone = load_denoiser()
+        backbone = self.backbone()
         file = self._file({"row": "backbone"})
         if not file.exists():
             keep(file, {"trainable": 0, "test": measure(lambda c: backbone(c.degraded), self.test)})
@@ -103,7 +106,7 @@ class Bench:
         found, row = self.run(name, seed, rate), ROWS[name]
         if "test" not in found:
             file = self._file({k: found[k] for k in ("row", "seed", "rate", "weights")})
-            model = row.make(load_denoiser(), self.data(seed)).eval()
+            model = row.make(self.backbone(), self.data(seed)).eval()
             if treats(model) != found.get("treats", treats(model)):
                 raise SystemExit(f"{name} treats other degradations now; delete {file}")
             with torch.no_grad():
@@ -123,7 +126,7 @@ class Bench:
         """Make the row's model and train it."""
         data = self.data(seed)
         set_seed(seed)
-        model = row.make(load_denoiser(), data)
+        model = row.make(self.backbone(), data)
         steps = self.arguments.steps
         schedule = Schedule(steps, rate, rate / 100, warmup=steps // 10)
         train_restoration(
@@ -141,6 +144,8 @@ class Bench:
         arguments = self.arguments
         decides = {**settings, "steps": arguments.steps, "images": arguments.images}
         decides |= {"perceiver": self.perceiver, "torch": torch.__version__}
+        if arguments.backbone != "nafnet":
+            decides["backbone"] = arguments.backbone
         decides["damage"] = [f"{case.degraded.mean():.2f}" for case in self.test[::7]]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return KEPT / f"{digest}.json"
@@ -165,6 +170,7 @@ def _mean(values: dict[str, float]) -> float:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--backbone", choices=BACKBONES, default="nafnet")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1500)
@@ -182,7 +188,8 @@ def main() -> None:
     for name in arguments.rows:
         rate = bench.rate(name)
         rows[name] = [bench.tested(name, seed, rate) for seed in arguments.seeds]
-    text = "\n".join([describe(), "", *report(bare, rows), ""])
+    steps = f"{arguments.backbone}, {arguments.steps} steps, seeds {arguments.seeds}"
+    text = "\n".join([describe(), steps, "", *report(bare, rows), ""])
     print(text)
     if arguments.out:
         arguments.out.write_text(text)

@@ -73,20 +73,19 @@ class Row:
         return RestorationObjective(self.weights, clip_aware=aware)
 
 
-def lora(rank: int) -> Callable[[nn.Module, RestorationData], nn.Module]:
-    """peft's LoRA on every dense convolution and linear layer."""
-
-    def make(backbone: nn.Module, _: RestorationData) -> nn.Module:
-        dense = [
-            name
-            for name, module in backbone.named_modules()
-            if isinstance(module, nn.Linear)
-            or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        ]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=dense)
-        return get_peft_model(backbone, config)
-
-    return make
+def lora(backbone: nn.Module, _: RestorationData) -> nn.Module:
+    """peft's LoRA on every dense layer, of the lowest rank that trains as much as `wrap` would."""
+    dense = {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+    of_rank_one = sum(m.weight[0].numel() + m.weight.shape[0] for m in dense.values())
+    ours = wrap(backbone)
+    trained = ours.status().trainable
+    ours.unwrap()
+    rank = -(-trained // of_rank_one)
+    return get_peft_model(backbone, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(dense)))
 
 
 def everything(backbone: nn.Module, _: RestorationData) -> nn.Module:
@@ -136,7 +135,7 @@ TREATED = tuple(FAMILIES.index(name) for name in ("haze", "rain", "low_light"))
 ORACLE = wrapped(treat=False, perceiver=False, sources=TOLD, treats=TREATED)
 
 ROWS: dict[str, Row] = {
-    "LoRA": Row(lora(14), like=None),
+    "LoRA": Row(lora, like=None),
     "everything": Row(everything, like=None, rates=(2e-4, 5e-4, 1e-3, 2e-3)),
     "wrapped": Row(wrapped(), OURS, like=None),
     # What it is steered by
