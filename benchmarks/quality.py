@@ -106,7 +106,7 @@ class Bench:
         found, row = self.run(name, seed, rate), ROWS[name]
         if "test" not in found:
             file = self._file({k: found[k] for k in ("row", "seed", "rate", "weights")})
-            model = row.make(self.backbone(), self.data(seed)).eval()
+            model = row.make(self.backbone(), self.data(row, seed)).eval()
             if treats(model) != found.get("treats", treats(model)):
                 raise SystemExit(f"{name} treats other degradations now; delete {file}")
             with torch.no_grad():
@@ -118,13 +118,13 @@ class Bench:
             print(f"{name}, seed {seed}, tested: {', '.join(shown)}", flush=True)
         return found
 
-    def data(self, seed: int) -> RestorationData:
-        source = CleanPhotos(self.photos, TASKS)
+    def data(self, row: Row, seed: int) -> RestorationData:
+        source = CleanPhotos(self.photos, row.tasks)
         return RestorationData([source], context=CONTEXT, patch=PATCH, seed=seed)
 
     def train(self, row: Row, seed: int, rate: float) -> nn.Module:
         """Make the row's model and train it."""
-        data = self.data(seed)
+        data = self.data(row, seed)
         set_seed(seed)
         model = row.make(self.backbone(), data)
         steps = self.arguments.steps

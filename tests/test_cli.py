@@ -765,3 +765,18 @@ def test_the_file_of_options_may_be_joined_by_a_sign(
     assert "ratios of snow" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*told, f"--conf={file}"])
+
+
+def test_what_is_not_installed_is_told_before_anything_is_done(
+    network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from perceive_adapter.cli import options
+
+    monkeypatch.setattr(options, "find_spec", lambda name: None if name != "matplotlib" else name)
+    told = ["--backbone", network, "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    for command in ("finetune", "evaluate"):
+        assert main([command, *told]) == 2
+        assert 'torchmetrics not installed: pip install "perceive-adapter[train]"' in (
+            capsys.readouterr().err
+        )
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from perceive_adapter.data.restoration import RestorationData
 from perceive_adapter.losses import ClipAwareLoss, ObjectiveWeights, RestorationObjective
 from perceive_adapter.training.restoration import Perceive
 from perceive_adapter.training.treated import find_treated
-from restoration_rows.images import Case
+from restoration_rows.images import TASKS, Case
 from restoration_rows.promptir import Prompted
 
 OURS = ObjectiveWeights(l1=1.0, contrastive=0.1, clip_aware=0.0, difficulty_adaptive=0.0)
@@ -36,12 +36,15 @@ class Row:
         weights: of the objective.
         perceive: what a wrapped model is told of a case in place of what it perceives.
         like: row whose learning rate it takes over; None tunes its own.
+        rates: that are tried, where it tunes its own.
+        tasks: that it is trained on.
     """
 
     make: Callable[[nn.Module, RestorationData], nn.Module]
     weights: ObjectiveWeights = L1
     perceive: Told | None = None
     like: str | None = "wrapped"
+    tasks: tuple[str, ...] = TASKS
     rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2)
 
     def restore(self, model: nn.Module) -> Callable[[Case], Tensor]:
@@ -155,6 +158,7 @@ ROWS: dict[str, Row] = {
     "without the contrastive loss": Row(wrapped(), L1),
     "with the difficulty-adaptive loss": Row(wrapped(), replace(OURS, difficulty_adaptive=0.1)),
     "with the CLIP-aware loss": Row(wrapped(), replace(OURS, clip_aware=0.05)),
+    "with mixtures": Row(wrapped(), OURS, tasks=(*TASKS, "gaussian_noise+rain", "haze+low_light")),
     # Nothing frozen
     "PromptIR's prompts, everything": Row(
         lambda backbone, _: Prompted(backbone), like=None, rates=(2e-4, 5e-4, 1e-3, 2e-3)
