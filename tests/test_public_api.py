@@ -57,6 +57,7 @@ MODEL_METHODS = {
     "set_adapter": "name",
     "status": "",
     "train": "mode=True",
+    "treat": "*degradations",
     "trainable_parameters": "",
     "unfreeze": "*patterns",
     "unwrap": "",

@@ -27,14 +27,10 @@ class FrozenBackbone:
         self.originals: dict[str, Tensor] = {}
         backbone.requires_grad_(False)
 
-    def hold_still(self) -> None:
-        """Keep in eval mode what updates statistics, or, where all is frozen, drops features.
-
-        A frozen network is trained around as it will be used, without dropped features or paths.
-        """
-        frozen = not any(parameter.requires_grad for parameter in self.backbone.parameters())
+    def hold_statistics(self) -> None:
+        """Keep modules that update statistics while training in eval mode."""
         for module in self.backbone.modules():
-            if _updates_statistics(module) or (frozen and _drops(module)):
+            if _updates_statistics(module):
                 module.eval()
 
     def unfreeze(self, patterns: Iterable[str]) -> list[str]:
@@ -78,14 +74,6 @@ class FrozenBackbone:
         for name, module in self.backbone.named_modules():
             module.training = self.modes[name]
         return self.backbone
-
-
-def _drops(module: nn.Module) -> bool:
-    """Tell dropout of any kind, and what drops whole paths, whoever wrote it."""
-    name = type(module).__name__
-    return isinstance(module, nn.modules.dropout._DropoutNd) or name.startswith(
-        ("Drop", "StochasticDepth")
-    )
 
 
 def _updates_statistics(module: nn.Module) -> bool:

@@ -77,7 +77,7 @@ class PerceiveModel(nn.Module):
                 tower.requires_grad_(False).eval()
         self.training = backbone.training  # not train(), which would undo an eval() of its parts
         self.adapters.train(backbone.training)
-        self.frozen.hold_still()
+        self.frozen.hold_statistics()
 
     # Running
 
@@ -301,12 +301,12 @@ class PerceiveModel(nn.Module):
         self.injector.treat(columns or None)
 
     def train(self, mode: bool = True) -> PerceiveModel:
-        """Set training mode; what is frozen neither updates statistics nor drops features."""
+        """Set training mode; normalisation statistics and frozen towers stay as they are."""
         super().train(mode)
         for tower in (self.perceiver, self.semantic):
             if tower is not None:
                 tower.eval()
-        self.frozen.hold_still()
+        self.frozen.hold_statistics()
         return self
 
     # Adapters

@@ -138,7 +138,7 @@ def train_restoration(
     if channels_last:
         in_channels_last(model)
     if compile:
-        step.compile()
+        model.compile()
     before = model.training
     start = run.resume(checkpoint)
     model.train()
@@ -151,3 +151,5 @@ def train_restoration(
         run.finish()
     finally:
         model.train(before)
+        if compile:
+            model._compiled_call_impl = None  # as it was given
