@@ -75,3 +75,9 @@ def test_looking_changes_nothing(denoiser: PerceiveModel) -> None:
     assert denoiser.injector.config.treats is None
     assert not denoiser.training
     assert all(torch.equal(value, before[name]) for name, value in denoiser.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_draw_does_not_decide(denoiser: PerceiveModel, seed: int) -> None:
+    tasks = ("gaussian_noise", "rain", "haze", "low_light")
+    assert treated(denoiser, *tasks, seed=seed) == {"rain", "haze", "low_light"}

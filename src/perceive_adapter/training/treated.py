@@ -16,7 +16,7 @@ __all__ = ["find_treated"]
 
 _OWN = 1.0  # dB by which a backbone improves images whose damage it can undo
 _SEEN = 0.5  # presence from which a degradation counts as perceived
-_COVERED = 0.7  # least mean presence of what is treated, in what the backbone leaves of a task
+_COVERED = 0.7  # share of the error left by the backbone where something treated is perceived
 
 
 @torch.no_grad()
@@ -25,9 +25,9 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
 
     A degradation is the backbone's own where the bare backbone raises the PSNR of images in which
     nothing else is perceived by a decibel or more. Those that the perceiver sees in most images of
-    a task are treated, but for the backbone's own. Where the perceiver does not see what is wrong
-    in a task that the backbone cannot undo, the adapter must work on every image, and nothing is
-    named.
+    a task are treated, but for the backbone's own. Where a good part of the error that the backbone
+    leaves in a task is in images in which none of them is perceived, the adapter must work on every
+    image, and nothing is named.
 
     Args:
         model: wrapped with a perceiver that tells degradations.
@@ -50,27 +50,35 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
     for task, families in zip(looked, seen, strict=True):
         if task.gain.mean() >= _OWN and not (families & ~own).any():
             continue
-        left = task.present[task.gain < _OWN]
-        strength = 1 - (1 - left[:, treated]).prod(dim=1)
-        if len(left) and strength.mean() < _COVERED:
+        strength = 1 - (1 - task.present[:, treated]).prod(dim=1)
+        left = task.error * (task.gain < _OWN)
+        if strength @ left < _COVERED * left.sum():
             return ()
     return tuple(name for name, chosen in zip(names, treated.tolist(), strict=True) if chosen)
 
 
 class _Looked(NamedTuple):
-    """Samples of a task: presence of each degradation (B, D), and what the backbone gains (B,)."""
+    """Samples of a task, as the perceiver sees them and the bare backbone restores them.
+
+    Args:
+        present: (B, D), presence of each degradation.
+        gain: (B,), of the backbone in dB.
+        error: (B,), mean squared, that it leaves.
+    """
 
     present: Tensor
     gain: Tensor
+    error: Tensor
 
 
 def _look(model: PerceiveModel, samples: RestorationSample) -> _Looked:
     with model.disabled():
         restored = restored_by(model, samples.degraded)
-    gain = psnr(restored, samples.target) - psnr(samples.degraded, samples.target)
+    reached = psnr(restored, samples.target)
+    gain = reached - psnr(samples.degraded, samples.target)
     present = model.perceive(model.value_range.from_unit(samples.context)).degradations
     assert present is not None
-    return _Looked(present, gain)
+    return _Looked(present, gain, 10 ** (-reached / 10))
 
 
 def _own(looked: Sequence[_Looked]) -> Tensor:
