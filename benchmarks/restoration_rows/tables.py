@@ -27,7 +27,11 @@ def report(bare: dict, rows: dict[str, list[dict]]) -> list[str]:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     groups = (*MIXTURES, *UNSEEN, *REAL)
-    lines += ["", "Never trained on, and the distance to the bare backbone:", ""]
+    lines += [
+        "",
+        "Not trained on, but for what a row's name says, and the distance to the bare backbone:",
+        "",
+    ]
     lines.append("| | " + " | ".join(named) + " |")
     lines.append("|---" * (1 + len(named)) + "|")
     for group in groups:
