@@ -1,5 +1,6 @@
 """The command line, run as users run it: real files, real training, real kills."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -780,3 +781,15 @@ def test_what_is_not_installed_is_told_before_anything_is_done(
             capsys.readouterr().err
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_what_finetune_does_unasked_is_the_adapter_s_recipe() -> None:
+    from perceive_adapter.cli import finetune
+    from perceive_adapter.cli.finetune_plan import make_recipe
+    from perceive_adapter.training.stage2 import ADAPTER
+
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser)
+    assert (
+        make_recipe(parser.parse_args(["--backbone", "b", "--data", "d", "--out", "o"])) == ADAPTER
+    )

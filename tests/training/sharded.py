@@ -10,7 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from perceive_adapter import wrap
-from perceive_adapter.training.calling import psnr, restored_by
+from perceive_adapter.losses.difficulty import psnr
+from perceive_adapter.training.calling import restored_by
 
 
 def main(out: Path) -> None:

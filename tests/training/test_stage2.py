@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from perceive_adapter import AdapterConfig, Perception, wrap
 from perceive_adapter.data import FAMILIES
 from perceive_adapter.errors import BackboneError, CheckpointError, ConfigError, TrainingError
-from perceive_adapter.training.calling import psnr, restored_by
+from perceive_adapter.losses.difficulty import psnr
+from perceive_adapter.training.calling import restored_by
 from perceive_adapter.training.loop import Schedule
 from perceive_adapter.training.restoration import RestorationStep
 from perceive_adapter.training.stage2 import Stage2, train_restoration

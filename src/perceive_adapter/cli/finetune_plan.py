@@ -162,8 +162,7 @@ def make_data(found: Found, arguments: Namespace) -> RestorationData:
     """Make what training draws from.
 
     Raises:
-        ConfigError: tasks are named and there is no photograph to degrade, or other options that
-            the data refuses.
+        ConfigError: the data refuses tasks, ratios or sides.
     """
     from perceive_adapter.data.restoration import CleanPhotos, PairFiles, RestorationData, Source
     from perceive_adapter.data.samples import CropSampler

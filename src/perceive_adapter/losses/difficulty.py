@@ -192,9 +192,9 @@ class DifficultyAdaptiveLoss(nn.Module):
         weights = [degraded.new_full((len(degraded),), self.degraded_weight)]
         if medium:
             reference = self.reference_psnr
-            reference = torch.where(reference.isnan(), _psnr(image, target).mean(), reference)
+            reference = torch.where(reference.isnan(), psnr(image, target).mean(), reference)
         for other, use in zip(medium, mask.unbind(1), strict=True):
-            hard = _psnr(other, target) <= reference
+            hard = psnr(other, target) <= reference
             weights.append(torch.where(hard, self.hard_weight, self.easy_weight) * use)
         return torch.stack(weights)
 
@@ -238,7 +238,7 @@ def _distance(first: Tensor, second: Tensor) -> Tensor:
     return (full_precision(first) - full_precision(second)).abs().flatten(1).mean(1)
 
 
-def _psnr(image: Tensor, target: Tensor) -> Tensor:
+def psnr(image: Tensor, target: Tensor) -> Tensor:
     """Return the PSNR per sample in dB, (B,), of images clamped to [0, 1]; at most 100."""
     error = (image.clamp(0, 1) - target.clamp(0, 1)).square().flatten(1).mean(1)
     return -10 * error.clamp_min(_MIN_MSE).log10()

@@ -12,9 +12,7 @@ from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.injection.probe import image_in
 
-__all__ = ["psnr", "restored_by"]
-
-_MIN_MSE = 1e-10
+__all__ = ["restored_by"]
 
 
 def restored_by(
@@ -44,9 +42,3 @@ def restored_by(
         output = functional_call(model, dict(weights), arguments, keywords)
     restored = image_in(output, len(degraded))
     return model.value_range.to_unit(restored) if isinstance(model, PerceiveModel) else restored
-
-
-def psnr(restored: Tensor, target: Tensor) -> Tensor:
-    """Return the PSNR of each image in dB, (B,), at most 100, of images clamped to [0, 1]."""
-    error = (restored.clamp(0, 1) - target.clamp(0, 1)).float().square().flatten(1).mean(1)
-    return -10 * error.clamp_min(_MIN_MSE).log10()

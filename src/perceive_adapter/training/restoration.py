@@ -13,7 +13,8 @@ from perceive_adapter.errors import BackboneError, ConfigError
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.losses import RestorationObjective
-from perceive_adapter.training.calling import psnr, restored_by
+from perceive_adapter.losses.difficulty import psnr
+from perceive_adapter.training.calling import restored_by
 from perceive_adapter.training.mediums import Mediums, MediumSource
 
 __all__ = ["Perceive", "RestorationStep"]
@@ -61,7 +62,7 @@ class RestorationStep(nn.Module):
                 vectors = {} if measure else self._vectors(samples, perception)
         if measure:
             restored = self._restored(samples, perception)
-            return {"psnr": psnr(restored, samples.target)}
+            return {"psnr": psnr(restored.float(), samples.target)}
         # Before the pass with gradient: hooks that run again in its backward see the last one.
         mediums = self.mediums(self.model, samples.degraded, perception)
         restored = self._restored(samples, perception)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
 from perceive_adapter.injection.model import PerceiveModel
-from perceive_adapter.training.calling import psnr, restored_by
+from perceive_adapter.losses.difficulty import psnr
+from perceive_adapter.training.calling import restored_by
 
 __all__ = ["find_treated"]
 
