@@ -388,3 +388,24 @@ def test_a_compiled_step_trains_as_well() -> None:
         torch.testing.assert_close(
             compiled.injector.state_dict()[name], value, rtol=1e-2, atol=1e-4
         )
+
+
+class Comparing(Recording):
+    """Remembers whether each medium image is what the bare backbone gives."""
+
+    def forward(self, *images: Tensor, **options: Any) -> Any:
+        bare = Net.forward(self.backbone, options["degraded"]).detach().clamp(0, 1)
+        self.bare = [*getattr(self, "bare", []), torch.allclose(options["medium"][0], bare)]
+        return super().forward(*images, **options)
+
+
+def test_the_earlier_state_is_that_of_the_last_look_at_the_probe() -> None:
+    objective = Comparing(FULL)
+    objective.backbone = model().unwrap()
+    train(
+        model(),
+        recipe=recipe(5, weights=FULL, probe_every=3),
+        objective=objective,
+        mediums=["earlier"],
+    )
+    assert objective.bare == [True, True, True, False, False]
