@@ -10,6 +10,7 @@ photographs that were set aside from DIR/train/clean; every row is then trained 
 reported on DIR/test, whole images in RGB.
 
 Rows that name none take over those of another, so they are measured where that one is at its best.
+Rates are tuned with the NAFNet alone; a Restormer and a SwinIR take them over.
 Every finished run is kept in out/quality under its settings, weights included, so that the command
 goes on where it was stopped. It does not notice changes of the code: delete the folder after them.
 Several processes may share the work, each with its own `--rows`.
@@ -21,6 +22,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -60,6 +62,13 @@ class Bench:
         self.test = damaged(photos, TASKS) + others + real_pairs(arguments.data)
         self.perceiver = QualityPerceiver.from_pretrained("perceive-tiny").fingerprint()
 
+    @property
+    def tuning(self) -> "Bench":
+        """The same images, with the network that learning rates are tuned with."""
+        tuning = copy(self)
+        tuning.arguments = argparse.Namespace(**{**vars(self.arguments), "backbone": "nafnet"})
+        return tuning
+
     def backbone(self) -> nn.Module:
         """The denoiser, as it was trained."""
         arguments = self.arguments
@@ -75,9 +84,8 @@ class Bench:
 
     def rate(self, name: str) -> float:
         """Return the row's learning rate, tuned on the validation photographs."""
-        row = ROWS[ROWS[name].like or name]
         like = ROWS[name].like or name
-        runs = {rate: self.run(like, self.arguments.seeds[0], rate) for rate in row.rates}
+        runs = {rate: self.tuning.run(like, 0, rate) for rate in ROWS[like].rates}
         means = {rate: _mean(run["validation"]) for rate, run in runs.items()}
         return max(means, key=means.__getitem__)
 

@@ -39,7 +39,7 @@ class AdapterConfig:
         attention_heads: heads of cross-attention.
         semantic: name of a timm image model whose class tokens tell what is in the image, or None.
         semantic_weights: weight file for ``semantic``; None takes timm's pretrained weights.
-        treats: columns of the perception's ``degradations`` that the adapter is for: on an image in
+        treats: columns of the perception's ``severity`` that the adapter is for: on an image in
             which none of them is perceived the backbone is left alone. None: it works on every
             image. See :meth:`~perceive_adapter.PerceiveModel.treat`, which takes their names.
         budget: most trainable parameters; None is 3 % of the backbone, at least 120 000, and does

@@ -157,11 +157,11 @@ def test_value_ranges_that_are_none(given: object) -> None:
 
 
 def _steered(**options: Any) -> Any:
-    return wrapped("u_shape", config=AdapterConfig(sources={"degradations": 3}, **options))
+    return wrapped("u_shape", config=AdapterConfig(sources={"severity": 3}, **options))
 
 
-def _present(*rows: list[float]) -> Perception:
-    return Perception(degradations=torch.tensor(rows))
+def _severe(*rows: list[float]) -> Perception:
+    return Perception(severity=torch.tensor(rows))
 
 
 @pytest.mark.parametrize("level", ["modulation", "cross_attention"])
@@ -169,20 +169,20 @@ def test_the_backbone_is_left_alone_where_nothing_is_perceived_that_the_adapter_
     level: str,
 ) -> None:
     model, bare = _steered(level=level, treats=(0, 2)), CASES["u_shape"].net()(IMAGE)
-    assert torch.equal(model(IMAGE, perception=_present([0, 1, 0])), bare)
+    assert torch.equal(model(IMAGE, perception=_severe([0, 1, 0])), bare)
     with torch.no_grad():  # folded
-        assert torch.equal(model(IMAGE, perception=_present([0, 1, 0])), bare)
-    full = model(IMAGE, perception=_present([1, 0, 0]))
+        assert torch.equal(model(IMAGE, perception=_severe([0, 1, 0])), bare)
+    full = model(IMAGE, perception=_severe([1, 0, 0]))
     assert relative(full, bare) > 1e-3
-    hardly = model(IMAGE, perception=_present([0.1, 1, 0]))
+    hardly = model(IMAGE, perception=_severe([0.02, 1, 0]))
     assert 0 < relative(hardly, bare) < 0.1 * relative(full, bare)
 
 
 def test_the_strength_is_each_image_s_own() -> None:
     model, batch = _steered(treats=(1,)), IMAGE.expand(2, -1, -1, -1)
-    both = model(batch, perception=_present([1, 0, 0], [1, 1, 0]))
+    both = model(batch, perception=_severe([1, 0, 0], [1, 1, 0]))
     torch.testing.assert_close(both[:1], CASES["u_shape"].net()(IMAGE))
-    torch.testing.assert_close(both[1:], model(IMAGE, perception=_present([1, 1, 0])))
+    torch.testing.assert_close(both[1:], model(IMAGE, perception=_severe([1, 1, 0])))
 
 
 def test_treats_needs_columns_that_are_there() -> None:

@@ -142,7 +142,7 @@ def test_treat_names_degradations_that_the_perceiver_tells(
     columns = tuple(model.perceiver.degradations.index(name) for name in ("rain", "low_light"))
     assert model.injector.config.treats == columns
     clean = torch.full((1, 3, 64, 64), 0.5)
-    seen = dataclasses.replace(model.perceive(clean), degradations=torch.zeros(1, 6))
+    seen = dataclasses.replace(model.perceive(clean), severity=torch.zeros(1, 6))
     with model.disabled():
         bare = model(clean)
     assert torch.equal(model(clean, perception=seen), bare)

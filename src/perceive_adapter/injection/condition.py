@@ -11,9 +11,10 @@ from perceive_adapter.errors import ConfigError, PerceptionError
 from perceive_adapter.injection.compact import CompactFeatures
 from perceive_adapter.injection.perception import Perception
 
-__all__ = ["ConditionEncoder"]
+__all__ = ["ConditionEncoder", "strength"]
 
 HIDDEN = 64
+WHOLE = 0.2  # severity from which the prompts do all that they can
 UNIT_VECTORS = ("compact", "embedding", "semantic")
 
 
@@ -25,7 +26,8 @@ class ConditionEncoder(nn.Module):
     vectors there is one depth. The compact features are trained here, with the adapter.
 
     What leaves is ``strength * [c, 1]``. The strength is 1, or, where ``config.treats`` names
-    degradations, tells whether one of them is perceived: where none is, no prompt does anything.
+    degradations, grows with the severity that is perceived of them: where there is none, no prompt
+    does anything.
 
     Args:
         config: with ``sources`` set, or none for the compact features alone.
@@ -33,7 +35,7 @@ class ConditionEncoder(nn.Module):
 
     Raises:
         ConfigError: nothing steers the prompts, or ``config.treats`` names columns that
-            ``sources["degradations"]`` does not have.
+            ``sources["severity"]`` does not have.
     """
 
     def __init__(self, config: AdapterConfig, image_channels: int) -> None:
@@ -61,15 +63,15 @@ class ConditionEncoder(nn.Module):
         )
 
     def treat(self, columns: tuple[int, ...] | None) -> None:
-        """Set which columns of ``perception.degradations`` make the strength; None: it is 1.
+        """Set which columns of ``perception.severity`` make the strength; None: it is 1.
 
         Raises:
             ConfigError: a column is not there.
         """
-        width = self.sources.get("degradations", 0)
+        width = self.sources.get("severity", 0)
         if columns is not None and max(columns) >= width:
             raise ConfigError(
-                f"treats={columns} names columns of perception.degradations, of which this "
+                f"treats={columns} names columns of perception.severity, of which this "
                 f"adapter's sources have {width}: expected columns that are there"
             )
         self.treats = columns
@@ -104,8 +106,23 @@ class ConditionEncoder(nn.Module):
         """Return how strongly the prompts work on each image, (B, 1, 1) in [0, 1]."""
         if self.treats is None:
             return like.new_ones(1, 1, 1)
-        assert perception.degradations is not None
-        absent = 1 - perception.degradations[:, list(self.treats)].to(like).clamp(0, 1)
-        present = 1 - absent.prod(dim=1)
-        # A smooth step: what is hardly perceived counts for less, what is clearly so for all.
-        return (present.square() * (3 - 2 * present))[:, None, None]
+        assert perception.severity is not None
+        return strength(perception.severity[:, list(self.treats)].to(like))[:, None, None]
+
+
+def strength(severity: Tensor) -> Tensor:
+    """Return how strongly prompts work on images with these degradations.
+
+    What is hardly there, or hardly believed to be, is hardly touched; from a severity of 0.2 on it
+    is treated in full, with a smooth step between. Presence would not do: at mild darkness
+    perception is unsure whether there is any, but sure that there is little of it.
+
+    Args:
+        severity: (B, D) in [0, 1], of the degradations that are treated.
+
+    Returns:
+        (B,) in [0, 1].
+    """
+    together = 1 - (1 - severity.clamp(0, 1)).prod(dim=1)
+    part = (together / WHOLE).clamp(max=1)
+    return part.square() * (3 - 2 * part)

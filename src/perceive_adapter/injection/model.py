@@ -281,8 +281,9 @@ class PerceiveModel(nn.Module):
     def treat(self, *degradations: str) -> None:
         """Let the active adapter work only where one of these degradations is perceived.
 
-        On other images the backbone is left alone, more so the surer the perceiver is: its own
-        task stays as it is, and so does whatever the adapter has never been trained on.
+        On other images the backbone is left alone: its own task stays as it is, and so does
+        whatever the adapter has never been trained on. What is perceived to be faint is touched
+        faintly.
 
         Args:
             *degradations: of ``model.perceiver.degradations``; none lifts the limit.

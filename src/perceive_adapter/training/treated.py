@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
+from perceive_adapter.injection.condition import strength
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.training.calling import restored_by
@@ -51,9 +52,8 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
     for task, families in zip(looked, seen, strict=True):
         if task.gain.mean() >= _OWN and not (families & ~own).any():
             continue
-        strength = 1 - (1 - task.present[:, treated]).prod(dim=1)
         left = task.error * (task.gain < _OWN)
-        if strength @ left < _COVERED * left.sum():
+        if strength(task.severity[:, treated]) @ left < _COVERED * left.sum():
             return ()
     return tuple(name for name, chosen in zip(names, treated.tolist(), strict=True) if chosen)
 
@@ -63,11 +63,13 @@ class _Looked(NamedTuple):
 
     Args:
         present: (B, D), presence of each degradation.
+        severity: (B, D), of the same.
         gain: (B,), of the backbone in dB.
         error: (B,), mean squared, that it leaves.
     """
 
     present: Tensor
+    severity: Tensor
     gain: Tensor
     error: Tensor
 
@@ -77,9 +79,9 @@ def _look(model: PerceiveModel, samples: RestorationSample) -> _Looked:
         restored = restored_by(model, samples.degraded)
     reached = psnr(restored, samples.target)
     gain = reached - psnr(samples.degraded, samples.target)
-    present = model.perceive(model.value_range.from_unit(samples.context)).degradations
-    assert present is not None
-    return _Looked(present, gain, 10 ** (-reached / 10))
+    seen = model.perceive(model.value_range.from_unit(samples.context))
+    assert seen.degradations is not None and seen.severity is not None
+    return _Looked(seen.degradations, seen.severity, gain, 10 ** (-reached / 10))
 
 
 def _own(looked: Sequence[_Looked]) -> Tensor:
