@@ -80,7 +80,8 @@ def _look(model: PerceiveModel, samples: RestorationSample) -> _Looked:
     reached = psnr(restored, samples.target)
     gain = reached - psnr(samples.degraded, samples.target)
     seen = model.perceive(model.value_range.from_unit(samples.context))
-    assert seen.degradations is not None and seen.severity is not None
+    assert seen.degradations is not None
+    assert seen.severity is not None
     return _Looked(seen.degradations, seen.severity, gain, 10 ** (-reached / 10))
 
 
