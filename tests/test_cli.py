@@ -567,6 +567,30 @@ def test_finetune_saves_an_adapter_that_evaluate_measures(
     assert "wrapped" not in capsys.readouterr().out
 
 
+def test_mediums_come_from_folders_and_from_restorers(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dark = dark_pairs(tmp_path / "enhance", photos)
+    told = ["finetune", "--backbone", network, "--data", str(dark), *SHORT]
+    told += ["--difficulty-adaptive", "0.1", "--treat", "everywhere", "--out"]
+    assert main([*told, str(tmp_path / "plain")]) == 0
+    (dark / "medium").mkdir()
+    for path in (dark / "input").iterdir():
+        image = Image.open(path)
+        image.point(lambda value: 2 * value).save(dark / "medium" / path.name)
+    assert main([*told, str(tmp_path / "folder")]) == 0
+    assert main([*told, str(tmp_path / "both"), "--mediums", "earlier", network]) == 0
+    trained = [
+        load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("plain", "folder", "both")
+    ]
+    for one, other in ((0, 1), (1, 2)):
+        assert any(not torch.equal(trained[one][key], trained[other][key]) for key in trained[one])
+    capsys.readouterr()
+    assert main([*told, str(tmp_path / "x"), "--mediums", "mine:missing"]) == 2
+    assert "--mediums mine:missing cannot be imported" in capsys.readouterr().err
+
+
 def test_finetune_goes_on_where_it_was_killed(
     network: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perceive_adapter.data.pairs import Pair, find_pairs, read_pair
+from perceive_adapter.data.pairs import Pair, find_pairs, read_mediums, read_pair
 from perceive_adapter.errors import ConfigError, ImageError
 
 
@@ -150,3 +150,24 @@ def test_folders_without_pairs(tmp_path: Path) -> None:
     write(tmp_path, "input/a.png", "hazy/a.png")
     with pytest.raises(ConfigError, match=r"several folders .*\['hazy', 'input'\]"):
         find_pairs(tmp_path)
+
+
+def test_half_restored_images_may_lie_beside(tmp_path: Path) -> None:
+    write(tmp_path, "input/a.png", "input/b.png", "gt/a.png", "gt/b.png")
+    write(tmp_path, "Medium/a.png", value=50)
+    write(tmp_path, "medium-2/a.jpg", "medium-2/b.png", value=60)
+    one, two = find_pairs(tmp_path).pairs
+    values = [
+        [None if image is None else int(image[0, 0, 0]) for image in read_mediums(pair)]
+        for pair in (one, two)
+    ]
+    assert values == [[50, 60], [None, 60]]
+    write(tmp_path, "Medium/c.png")
+    write(tmp_path, "medium-2/b.png", size=(4, 4))
+    found = find_pairs(tmp_path, broken="skip")
+    assert [pair.degraded.name for pair in found.pairs] == ["a.png"]
+    assert len(found.skipped) == 2
+    with pytest.raises(ImageError, match=r"Medium/c\.png' has no partner.*b\.png' has 4 x 4"):
+        find_pairs(tmp_path)
+    with pytest.raises(ImageError, match=r"medium-2/b\.png' has 4 x 4 pixels"):
+        read_mediums(two)

@@ -185,6 +185,31 @@ def test_groups_of_a_folder_are_tasks(tmp_path: Path) -> None:
     assert drawn.tasks == ("dehaze", "derain", "jpeg")
 
 
+def test_half_restored_images_are_cut_alike(tmp_path: Path) -> None:
+    for index, name in enumerate(("a", "b")):
+        one = pair(tmp_path / "derain", name)
+        if index == 0:
+            rows = torch.arange(60).view(1, -1, 1) * 4 + torch.zeros(3, 60, 60)
+            write(tmp_path / "derain" / "medium", "a.png", rows * 3 // 4)
+    source = PairFiles(find_pairs(tmp_path).pairs, mediums=True)
+    other = CleanPhotos(photos(), ["jpeg"])
+    drawn = RestorationData([source, other], context=40, patch=32)
+    seen = Counter()
+    for index in range(24):
+        sample = drawn[index]
+        assert sample.mediums.shape == (1, 3, 32, 32)
+        there = bool(sample.mediums.isfinite().all())
+        seen[drawn.tasks[sample.task], there] += 1
+        if there:
+            expected = (sample.target * 255 * 3 // 4) / 255
+            torch.testing.assert_close(sample.mediums[0], expected)
+        else:
+            assert sample.mediums.isnan().all()
+    assert set(seen) == {("derain", True), ("derain", False), ("jpeg", False)}
+    unasked = RestorationData([PairFiles([one])], context=40, patch=32)
+    assert unasked[0].mediums.shape == (0, 3, 32, 32)
+
+
 def cut_short(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-60])
 

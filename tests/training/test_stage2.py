@@ -337,6 +337,7 @@ class Seeing(Recording):
 
     def forward(self, *images: Tensor, **options: Any) -> Any:
         self.mediums = [medium.clone() for medium in options["medium"]]
+        self.valid = options["valid"]
         return super().forward(*images, **options)
 
 
@@ -362,6 +363,21 @@ def test_mediums_come_from_proxies_and_from_the_model_s_earlier_state() -> None:
     step.mediums.refresh(trained)
     step(samples)
     torch.testing.assert_close(objective.mediums[1], now)
+
+
+def test_mediums_that_come_with_the_samples() -> None:
+    objective, samples = Seeing(FULL), data().probe(2)
+    read = torch.full((len(samples.task), 1, 3, 24, 24), 0.4)
+    read[1] = torch.nan
+    step = RestorationStep(model().train(), objective, None, [Half()])
+    total = step(samples._replace(mediums=read))["total"]
+    assert total.isfinite()
+    torch.testing.assert_close(objective.mediums[1][0], read[0, 0])
+    assert objective.valid.tolist() == [[True, index != 1] for index in range(len(read))]
+    other = step(samples._replace(mediums=read + 0.2))["total"]
+    assert not torch.equal(total, other)
+    plain = RestorationStep(model().train(), Recording(L1), None)
+    assert plain(samples._replace(mediums=read))["total"].isfinite()
 
 
 def test_goes_on_with_the_same_earlier_state(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from perceive_adapter.evaluation.measure import Restore
     from perceive_adapter.injection.model import PerceiveModel
 
-__all__ = ["BACKBONE_HELP", "load_backbone", "side_by_side"]
+__all__ = ["BACKBONE_HELP", "load_network", "side_by_side"]
 
 BACKBONE_HELP: Final = (
     "a checkpoint file (.pth, .pt, .safetensors) of an architecture that spandrel knows, or "
@@ -24,8 +24,12 @@ BACKBONE_HELP: Final = (
 )
 
 
-def load_backbone(told: str) -> nn.Module:
+def load_network(told: str, option: str = "--backbone") -> nn.Module:
     """Return the network that ``told`` names.
+
+    Args:
+        told: a file, or module and function.
+        option: of the command line, which errors name.
 
     Raises:
         BackboneError: there is no such file, module or function, or it gives no network.
@@ -35,8 +39,8 @@ def load_backbone(told: str) -> nn.Module:
         return _from_checkpoint(Path(told))
     module, separator, function = told.partition(":")
     if not separator or not module or not function:
-        raise BackboneError(f"--backbone {told}: expected {BACKBONE_HELP}.")
-    return _from_code(module, function)
+        raise BackboneError(f"{option} {told}: expected {BACKBONE_HELP}.")
+    return _from_code(module, function, option)
 
 
 def side_by_side(model: PerceiveModel, tile: int | None = None) -> dict[str, Restore]:
@@ -79,7 +83,7 @@ def _from_checkpoint(file: Path) -> nn.Module:
     return network
 
 
-def _from_code(module: str, function: str) -> nn.Module:
+def _from_code(module: str, function: str, option: str) -> nn.Module:
     from torch import nn
 
     here = str(Path.cwd())
@@ -89,13 +93,13 @@ def _from_code(module: str, function: str) -> nn.Module:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise BackboneError(
-            f"--backbone {module}:{function} cannot be imported ({error}): expected a function "
+            f"{option} {module}:{function} cannot be imported ({error}): expected a function "
             f"{function!r} in a module {module!r} of the current folder or the environment."
         ) from error
     network = found() if callable(found) and not isinstance(found, nn.Module) else found
     if not isinstance(network, nn.Module):
         raise BackboneError(
-            f"--backbone {module}:{function} gave a {type(network).__name__}: expected a "
+            f"{option} {module}:{function} gave a {type(network).__name__}: expected a "
             "torch.nn.Module with its weights."
         )
     return network.eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from perceive_adapter.cli.backbones import BACKBONE_HELP, load_backbone, side_by_side
+from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_side
 from perceive_adapter.cli.options import device, integer, needs
 from perceive_adapter.errors import ConfigError
 
@@ -81,7 +81,7 @@ def _networks(arguments: Namespace) -> dict[str, Restore]:
     """The backbone alone, and wrapped where there is an adapter."""
     from perceive_adapter.injection.wrap import wrap
 
-    backbone = load_backbone(arguments.backbone).to(arguments.device).eval()
+    backbone = load_network(arguments.backbone).to(arguments.device).eval()
     if arguments.adapter is not None:
         return side_by_side(wrap(backbone, arguments.adapter), arguments.tile)
     both = side_by_side(wrap(backbone, perceiver=False), arguments.tile)

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceive_adapter.cli.backbones import BACKBONE_HELP, load_backbone, side_by_side
+from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_side
 from perceive_adapter.cli.finetune_plan import (
     find_data,
     make_data,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from perceive_adapter.data.restoration import RestorationData
     from perceive_adapter.injection.model import PerceiveModel
     from perceive_adapter.losses import RestorationObjective
+    from perceive_adapter.training.mediums import MediumSource
     from perceive_adapter.training.stage2 import Stage2
 
 NAME = "finetune"
@@ -49,8 +50,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="folders of pairs (input and gt, hazy and clear, ..., at any depth), or else of clean "
-        "photographs, which are degraded while they are drawn; one in ten is set aside",
+        help="folders of pairs (input and gt, hazy and clear, ..., at any depth), of WebDataset "
+        "shards with them, or else of clean photographs, which are degraded while they are drawn; "
+        "one in ten is set aside",
     )
     add("--out", metavar="DIR", type=Path, required=True, help="where the adapter is saved")
     add(
@@ -110,6 +112,14 @@ def _add_recipe(parser: ArgumentParser) -> None:
     add("--contrastive", type=weight, default=0.1, metavar="W", help="weight beside L1's 1 (0.1)")
     add("--clip-aware", type=weight, default=0.0, metavar="W", help="(0; the paper's 0.05)")
     add("--difficulty-adaptive", type=weight, default=0.0, metavar="W", help="(0; the paper's 0.1)")
+    add(
+        "--mediums",
+        nargs="+",
+        metavar="WHAT",
+        default=[],
+        help="what half-restores images for the difficulty-adaptive loss, beside folders named "
+        "medium: checkpoints or code as for --backbone, and earlier, for the adapter's own past",
+    )
     add("--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of all that is random")
 
 
@@ -138,6 +148,7 @@ def run(arguments: Namespace) -> int:
     recipe = make_recipe(arguments)
     found = find_data(arguments.data, arguments.broken)
     data = make_data(found, arguments)
+    mediums = _mediums(arguments)
     accelerator = Accelerator(
         mixed_precision=arguments.precision, cpu=arguments.cpu, **_logged(arguments)
     )
@@ -156,6 +167,7 @@ def run(arguments: Namespace) -> int:
         data,
         recipe=recipe,
         objective=objective,
+        mediums=mediums,
         accelerator=accelerator,
         checkpoint=checkpoints / "stage2.pt",
         every=arguments.checkpoint_every,
@@ -168,6 +180,14 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
+def _mediums(arguments: Namespace) -> list[MediumSource]:
+    """Load what half-restores images."""
+    from perceive_adapter.training.mediums import EARLIER
+
+    told: list[str] = arguments.mediums
+    return [EARLIER if name == EARLIER else load_network(name, "--mediums") for name in told]
+
+
 def _wrapped(arguments: Namespace) -> PerceiveModel:
     """Wrap the backbone with a new adapter, or with a saved one to train further."""
     from accelerate.utils import set_seed
@@ -175,7 +195,7 @@ def _wrapped(arguments: Namespace) -> PerceiveModel:
     from perceive_adapter import AdapterConfig, wrap
 
     set_seed(arguments.seed)
-    backbone = load_backbone(arguments.backbone)
+    backbone = load_network(arguments.backbone)
     if arguments.adapter is None:
         config = AdapterConfig(rank=arguments.rank)
         model = wrap(backbone, config=config, perceiver=arguments.perceiver)

@@ -86,7 +86,7 @@ def find_data(folders: Sequence[Path], broken: str) -> Found:
     photos = _read(kept, skip, skipped)
     held_photos = [path for path in apart if _read([path], skip, skipped)]
     held_pairs = [pair for pair in held if _readable(pair, skip, skipped)]
-    names = [str(path) for pair in pairs for path in (pair.degraded, pair.target)]
+    names = [str(file) for pair in pairs for file in (pair.degraded, pair.target, *pair.mediums)]
     digest = hashlib.sha256("\n".join([*names, *map(str, paths)]).encode()).hexdigest()
     return Found(
         tuple(trained),
@@ -169,7 +169,8 @@ def make_data(found: Found, arguments: Namespace) -> RestorationData:
 
     sources: list[Source] = []
     if found.pairs:
-        sources.append(PairFiles(found.pairs, broken=arguments.broken))
+        mediums = arguments.difficulty_adaptive > 0
+        sources.append(PairFiles(found.pairs, broken=arguments.broken, mediums=mediums))
     if found.photos:
         sources.append(CleanPhotos(CropSampler(found.photos), arguments.tasks))
     return RestorationData(
@@ -230,7 +231,7 @@ def options_of(
     from perceive_adapter.injection.checkpoint import fingerprint
 
     names = ["rank", "adapter", "treat", "tasks", "ratios", "context", "patch", "seed"]
-    names += ["precision", "channels_last"]
+    names += ["mediums", "precision", "channels_last"]
     return {
         **{name: getattr(arguments, name) for name in names},
         "recipe": asdict(recipe),

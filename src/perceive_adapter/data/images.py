@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from perceive_adapter.errors import ImageError
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-__all__ = ["Image", "Planes", "read_image"]
+__all__ = ["Image", "Planes", "open_image", "read_image"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,7 +51,7 @@ def read_image(image: Image) -> Planes:
             that cannot be read.
     """
     if isinstance(image, (str, os.PathLike)):
-        image = _open(Path(image))
+        image = open_image(Path(image), os.fspath(image))
     if isinstance(image, Tensor):
         return _from_tensor(image)
     if isinstance(image, np.ndarray):
@@ -63,17 +63,26 @@ def read_image(image: Image) -> Planes:
     )
 
 
-def _open(path: Path) -> PILImage.Image:
+def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
+    """Decode an image file and turn it upright.
+
+    Args:
+        file: its path, or its bytes.
+        name: what errors call it.
+
+    Raises:
+        ImageError: there is no such file, or it is no image.
+    """
     from PIL import Image as PILImage
     from PIL import ImageOps
 
     try:
-        with PILImage.open(path) as file:
-            return ImageOps.exif_transpose(file)
+        with PILImage.open(file) as image:
+            return ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise ImageError(f"there is no image file {str(path)!r}; check the path") from None
+        raise ImageError(f"there is no image file {name!r}; check the path") from None
     except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
-        raise ImageError(f"{str(path)!r} cannot be read as an image: {error}") from error
+        raise ImageError(f"{name!r} cannot be read as an image: {error}") from error
 
 
 def _from_pil(image: PILImage.Image) -> Planes:

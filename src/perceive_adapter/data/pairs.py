@@ -1,28 +1,32 @@
-"""Pairs of a degraded and a clean image on disk, by the naming rules of the field's data sets."""
+"""Pairs of a degraded and a clean image, by the naming rules of the field's data sets."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from torch import Tensor
 
-from perceive_adapter.data.images import read_image
+from perceive_adapter.data.images import open_image, read_image
 from perceive_adapter.data.samples import IMAGE_SUFFIXES
+from perceive_adapter.data.shards import Member, shard_group, shard_members, shards_below
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [
     "DEGRADED_FOLDERS",
+    "MEDIUM_WORD",
     "TARGET_FOLDERS",
+    "File",
     "FoundPairs",
     "Pair",
     "find_pairs",
     "holds_pairs",
+    "read_mediums",
     "read_pair",
 ]
 
@@ -53,6 +57,12 @@ TARGET_FOLDERS: Final = (
 )
 """Names of folders of clean images, and words that their files may begin with."""
 
+MEDIUM_WORD: Final = "medium"
+"""What names of folders of half-restored images begin with, ``medium-nafnet``, say."""
+
+File: TypeAlias = Path | Member
+"""An image on disk, or one inside a shard."""
+
 _ORIENTATION: Final = 0x0112  # EXIF's tag; from 5 on, the image is turned by a quarter
 _MODES: Final = ("L", "LA", "P", "RGB", "RGBA")
 _NAMED: Final = 5  # problems that an error names
@@ -60,18 +70,20 @@ _NAMED: Final = 5  # problems that an error names
 
 @dataclass(frozen=True)
 class Pair:
-    """Two files of one scene.
+    """Two files of one scene, and what others made of it.
 
     Args:
         degraded: what a network is given.
         target: what it should give.
         group: folder of the set that the pair belongs to, relative to the one searched; such as
             ``derain``.
+        mediums: half-restored images of it, None where one is missing.
     """
 
-    degraded: Path
-    target: Path
+    degraded: File
+    target: File
     group: str
+    mediums: tuple[File | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,15 @@ def find_pairs(
     - RESIDE: ``0001_0.8_0.2`` belongs to ``0001``, which may have several degraded images.
     - Rain100L, LOL-v2: ``rain-001`` belongs to ``norain-001``, ``low00690`` to ``normal00690``.
 
-    Only the heads of the files are read: an image that is cut short shows when it is read.
+    Folders beside them whose names begin with ``medium`` hold half-restored images under the names
+    of the degraded ones, as many or few of them as there are.
+
+    Uncompressed tar files in WebDataset's manner, at any depth, hold pairs too: ``7.hazy.jpg`` and
+    ``7.gt.png``, and ``7.medium.png`` beside them, are one sample. Their set is the folder that
+    they are in, or, in ``folder`` itself, what comes before their number: ``derain-000007.tar``.
+
+    Only the heads of the files are read: an image that is cut short shows when it is read, and of
+    one inside a shard its size and kind, too.
 
     Args:
         folder: root of one or several sets, such as all-in-one training's ``denoise/input``,
@@ -121,16 +141,23 @@ def find_pairs(
     root = Path(folder)
     pairs: list[Pair] = []
     problems: list[str] = []
-    for degraded, target in _sets(root):
+    sets, shards = list(_sets(root)), shards_below(root)
+    if not sets and not shards:
+        raise ConfigError(f"{str(root)!r} holds no set of pairs: {_expected()}")
+    for degraded, target, mediums in sets:
         group = degraded.parent.relative_to(root).as_posix()
-        found, unpaired = _match(degraded, target)
+        found, unpaired = _match(degraded, target, mediums)
         problems += unpaired
-        for files in found:
-            problem = _problem(*files)
+        for pair in found:
+            problem = _problem(pair)
             if problem:
                 problems.append(problem)
             else:
-                pairs.append(Pair(*files, "" if group == "." else group))
+                pairs.append(replace(pair, group="" if group == "." else group))
+    for shard in shards:
+        found, unpaired = _in_shard(shard, shard_group(shard, root))
+        pairs += found
+        problems += unpaired
     if problems and broken == "raise":
         named = "; ".join(problems[:_NAMED])
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
@@ -144,7 +171,7 @@ def find_pairs(
 
 
 def holds_pairs(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder holds a set of pairs, at any depth, whatever is wrong with its files.
+    """Tell whether a folder holds sets of pairs or shards, whatever is wrong with their files.
 
     Raises:
         ConfigError: there is no such folder.
@@ -153,7 +180,7 @@ def holds_pairs(folder: str | os.PathLike[str]) -> bool:
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
     known = (DEGRADED_FOLDERS, TARGET_FOLDERS)
-    return any(
+    return bool(shards_below(root)) or any(
         all(any(name.casefold() in side for name in names) for side in known)
         for _, names, _ in os.walk(root, followlinks=True)
     )
@@ -165,20 +192,34 @@ def read_pair(pair: Pair) -> tuple[Tensor, Tensor]:
     Raises:
         ImageError: a file cannot be read, or the two are of different sizes.
     """
-    degraded, target = (
-        read_image(path).color[0].expand(3, -1, -1).contiguous()
-        for path in (pair.degraded, pair.target)
-    )
-    if degraded.shape != target.shape:
-        raise ImageError(_sizes(pair.degraded, pair.target, degraded.shape[1:], target.shape[1:]))
+    degraded, target = _read(pair.degraded), _read(pair.target)
+    _check_size(pair.degraded, degraded, pair.target, target)
     return degraded, target
 
 
-def _sets(root: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the folder of degraded and that of clean images of every set."""
+def read_mediums(pair: Pair) -> list[Tensor | None]:
+    """Read the half-restored images, (3, H, W) uint8 each; None where one is missing.
+
+    Raises:
+        ImageError: a file cannot be read, or is of another size than the target.
+    """
+    images = [None if file is None else _read(file) for file in pair.mediums]
+    target = _read(pair.target) if any(image is not None for image in images) else None
+    for file, image in zip(pair.mediums, images, strict=True):
+        if file is not None and image is not None and target is not None:
+            _check_size(file, image, pair.target, target)
+    return images
+
+
+def _read(file: File) -> Tensor:
+    image = open_image(file.open(), str(file)) if isinstance(file, Member) else file
+    return read_image(image).color[0].expand(3, -1, -1).contiguous()
+
+
+def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
+    """Yield the folders of degraded, of clean and of half-restored images of every set."""
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
-    some = False
     for parent, names, _ in os.walk(root, followlinks=True):
         names.sort()
         sides = [
@@ -192,22 +233,25 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path]]:
                 f"{parent!r} has several folders for one side of its pairs, {sides[0]} of degraded "
                 f"and {sides[1]} of clean images: expected one of each. Move one elsewhere."
             )
-        some = True
-        yield Path(parent, sides[0][0]), Path(parent, sides[1][0])
-    if not some:
-        raise ConfigError(f"{str(root)!r} holds no set of pairs: {_expected()}")
+        mediums = [Path(parent, name) for name in names if _is_medium(name)]
+        yield Path(parent, sides[0][0]), Path(parent, sides[1][0]), mediums
 
 
 def _expected() -> str:
     return (
         f"expected folders of degraded images (named {', '.join(DEGRADED_FOLDERS)}) beside folders "
-        f"of clean ones (named {', '.join(TARGET_FOLDERS)}), at any depth."
+        f"of clean ones (named {', '.join(TARGET_FOLDERS)}), at any depth, or tar files of both."
     )
 
 
-def _match(degraded: Path, target: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+def _is_medium(name: str) -> bool:
+    return name.casefold().startswith(MEDIUM_WORD)
+
+
+def _match(degraded: Path, target: Path, mediums: Sequence[Path]) -> tuple[list[Pair], list[str]]:
     """Return the files that belong together, and what is wrong with the others."""
     inputs, targets = _files(degraded), _files(target)
+    halves = [_files(folder) for folder in mediums]
     exact = inputs.keys() & targets.keys()
     others = {key: file for key, file in targets.items() if key not in exact}
     found, problems = [], []
@@ -217,12 +261,48 @@ def _match(degraded: Path, target: Path) -> tuple[list[tuple[Path, Path]], list[
         if partner is None:
             problems.append(f"{str(file)!r} has no partner in {str(target)!r}")
         else:
-            found.append((file, targets[partner]))
+            found.append(Pair(file, targets[partner], "", tuple(half.get(key) for half in halves)))
             used.add(partner)
     for key, file in targets.items():
         if key not in used:
             problems.append(f"{str(file)!r} has no partner in {str(degraded)!r}")
+    for half in halves:
+        for key, file in half.items():
+            if key not in inputs:
+                problems.append(f"{str(file)!r} has no partner in {str(degraded)!r}")
     return found, problems
+
+
+def _in_shard(shard: Path, group: str) -> tuple[list[Pair], list[str]]:
+    """Return the pairs inside a shard, and what is wrong with other samples."""
+    samples: dict[str, dict[str, Member]] = {}
+    try:
+        for member in shard_members(shard):
+            if member.name.lower().endswith(IMAGE_SUFFIXES):
+                part = member.field.rpartition(".")[0].casefold()
+                samples.setdefault(member.sample, {})[part] = member
+    except ImageError as error:
+        return [], [str(error)]
+    parts = {part for sample in samples.values() for part in sample}
+    mediums = sorted(filter(_is_medium, parts))
+    found, problems = [], []
+    for name, sample in samples.items():
+        sides = [_one_of(sample, known) for known in (DEGRADED_FOLDERS, TARGET_FOLDERS)]
+        if sides[0] is None or sides[1] is None:
+            has = ", ".join(sorted(sample))
+            problems.append(f"the sample {name!r} of {str(shard)!r} has {has}, which is no pair")
+        else:
+            halves = tuple(sample.get(part) for part in mediums)
+            found.append(Pair(sides[0], sides[1], group, halves))
+    if not samples:
+        problems.append(f"{str(shard)!r} holds no image")
+    return found, problems
+
+
+def _one_of(sample: Mapping[str, Member], names: Iterable[str]) -> Member | None:
+    """Return the one member of these names; None where there is none, or several."""
+    found = [sample[name] for name in names if name in sample]
+    return found[0] if len(found) == 1 else None
 
 
 def _files(folder: Path) -> dict[tuple[str, str], Path]:
@@ -244,15 +324,20 @@ def _partner(
     return next(((subfolder, name) for name in names if (subfolder, name) in targets), None)
 
 
-def _problem(degraded: Path, target: Path) -> str | None:
-    """Return what is wrong with a pair, as far as the heads of its files show."""
+def _problem(pair: Pair) -> str | None:
+    """Return what is wrong with the files of a pair, as far as their heads show."""
+    files = [pair.target, pair.degraded, *(file for file in pair.mediums if file is not None)]
     sizes = []
-    for path in (degraded, target):
+    for file in files:
+        assert isinstance(file, Path)
         try:
-            sizes.append(_size(path))
+            sizes.append(_size(file))
         except ImageError as error:
             return str(error)
-    return None if sizes[0] == sizes[1] else _sizes(degraded, target, *sizes)
+    for file, size in zip(files, sizes, strict=True):
+        if size != sizes[0]:
+            return _sizes(file, pair.target, size, sizes[0])
+    return None
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -270,8 +355,13 @@ def _size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _sizes(degraded: Path, target: Path, first: Sequence[int], second: Sequence[int]) -> str:
+def _check_size(file: File, image: Tensor, target_file: File, target: Tensor) -> None:
+    if image.shape != target.shape:
+        raise ImageError(_sizes(file, target_file, image.shape[1:], target.shape[1:]))
+
+
+def _sizes(file: File, target: File, first: Sequence[int], second: Sequence[int]) -> str:
     return (
-        f"{str(degraded)!r} has {first[0]} x {first[1]} pixels and {str(target)!r} "
+        f"{str(file)!r} has {first[0]} x {first[1]} pixels and {str(target)!r} "
         f"{second[0]} x {second[1]}"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
-from perceive_adapter.data.pairs import Pair, read_pair
+from perceive_adapter.data.pairs import Pair, read_mediums, read_pair
 from perceive_adapter.data.samples import CropSampler, as_file, mirrored_to
 from perceive_adapter.errors import ConfigError, ImageError
 
@@ -32,12 +32,14 @@ _SEEDS: Final = 1_000_003
 class Drawn(NamedTuple):
     """One degraded image, (3, S, S) in [0, 1], its target, and what is known of it.
 
-    The severity (D,) of each of ``FAMILIES`` is NaN where nobody knows it.
+    The severity (D,) of each of ``FAMILIES`` is NaN where nobody knows it. Half-restored images are
+    (M, 3, S, S) in [0, 1], NaN where one is missing; None for none.
     """
 
     degraded: Tensor
     target: Tensor
     severity: Tensor
+    mediums: Tensor | None = None
 
 
 class Source(Protocol):
@@ -48,13 +50,18 @@ class Source(Protocol):
         """What can be drawn, by name."""
         ...
 
+    @property
+    def mediums(self) -> int:
+        """How many half-restored images come with a sample, at most."""
+        ...
+
     def draw(self, task: str, side: int, generator: torch.Generator) -> Drawn:
         """Draw a crop of ``side`` pixels; everything random comes from the generator."""
         ...
 
 
 class CleanPhotos:
-    """Clean photographs that are degraded while they are drawn.
+    """Clean photographs that are degraded while they are drawn; none comes half restored.
 
     Args:
         photos: what crops are drawn from.
@@ -82,6 +89,7 @@ class CleanPhotos:
         if not 0 <= severity[0] <= severity[1] <= 1:
             raise ConfigError(f"severity={severity}: expected least and greatest in [0, 1].")
         self.photos, self.tasks, self.severity = photos, tuple(tasks), severity
+        self.mediums = 0
 
     def draw(self, task: str, side: int, generator: torch.Generator) -> Drawn:
         """Draw a crop and degrade it as ``task`` says."""
@@ -107,22 +115,28 @@ class PairFiles:
         pairs: their groups are the tasks, ``pairs`` where a group has no name.
         broken: what to do with a file that turns out to be cut short when it is read: raise an
             error that names it, or warn and take the next pair of its task.
+        mediums: whether to read the pairs' half-restored images.
 
     Raises:
         ConfigError: there is no pair.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], *, broken: Literal["raise", "skip"] = "raise"
+        self,
+        pairs: Sequence[Pair],
+        *,
+        broken: Literal["raise", "skip"] = "raise",
+        mediums: bool = False,
     ) -> None:
         if not pairs:
             raise ConfigError("got no pairs to draw crops from: give at least one.")
         self.broken = broken
+        self.mediums = max(len(pair.mediums) for pair in pairs) if mediums else 0
         self.skipped: set[Pair] = set()
         self._pairs: dict[str, list[Pair]] = {}
         for pair in pairs:
             self._pairs.setdefault(pair.group or "pairs", []).append(pair)
-        self._kept: dict[Pair, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[Pair, list[Tensor | None]] = {}
         self._room = _CACHE
 
     @property
@@ -137,16 +151,20 @@ class PairFiles:
             ImageError: a file is cut short, and is not to be skipped, or all of the task's are.
         """
         pairs = self._pairs[task]
-        degraded, target = self._read(pairs, _integer(len(pairs), generator))
-        both = mirrored_to(torch.cat([degraded, target]), side)
-        top, left = (_integer(have - side + 1, generator) for have in both.shape[1:])
-        both = both[:, top : top + side, left : left + side]
+        images = self._read(pairs, _integer(len(pairs), generator))
+        there = [image for image in images if image is not None]
+        joined = mirrored_to(torch.cat(there), side)
+        top, left = (_integer(have - side + 1, generator) for have in joined.shape[1:])
+        joined = joined[:, top : top + side, left : left + side]
         if _integer(2, generator):
-            both = both.flip(2)
-        first, second = both.float().div(255).chunk(2)
-        return Drawn(first, second, torch.full((len(FAMILIES),), torch.nan))
+            joined = joined.flip(2)
+        crops = iter(torch.split(joined.float().div(255), 3))
+        missing = torch.full((3, side, side), torch.nan)
+        degraded, target, *mediums = (missing if image is None else next(crops) for image in images)
+        unknown = torch.full((len(FAMILIES),), torch.nan)
+        return Drawn(degraded, target, unknown, torch.stack(mediums) if mediums else None)
 
-    def _read(self, pairs: Sequence[Pair], start: int) -> tuple[Tensor, Tensor]:
+    def _read(self, pairs: Sequence[Pair], start: int) -> list[Tensor | None]:
         for offset in range(len(pairs)):
             pair = pairs[(start + offset) % len(pairs)]
             if pair in self.skipped:
@@ -162,11 +180,12 @@ class PairFiles:
                 warnings.warn(f"skipped a pair: {error}", stacklevel=4)
         raise ImageError(f"none of the {len(pairs)} pairs of a task can be read: mend its files.")
 
-    def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
+    def _decoded(self, pair: Pair) -> list[Tensor | None]:
+        """Degraded image, target, and half-restored ones, if they are wanted."""
         if pair in self._kept:
             return self._kept[pair]
-        images = read_pair(pair)
-        size = sum(image.numel() for image in images)
+        images = [*read_pair(pair), *(read_mediums(pair) if self.mediums else ())]
+        size = sum(image.numel() for image in images if image is not None)
         if size <= self._room:
             self._room -= size
             self._kept[pair] = images
@@ -182,6 +201,7 @@ class RestorationSample(NamedTuple):
         target: (3, P, P).
         task: (), column of the data's ``tasks``.
         severity: (D,) of each of ``FAMILIES``, NaN where it is unknown.
+        mediums: (M, 3, P, P), the same part, half restored by others; NaN where one is missing.
     """
 
     context: Tensor
@@ -189,6 +209,7 @@ class RestorationSample(NamedTuple):
     target: Tensor
     task: Tensor
     severity: Tensor
+    mediums: Tensor
 
 
 class RestorationData(Dataset[RestorationSample]):
@@ -235,6 +256,7 @@ class RestorationData(Dataset[RestorationSample]):
                     raise ConfigError(f"two sources have a task {task!r}: rename or leave out one.")
                 self._source_of[task] = source
         self.tasks = tuple(self._source_of)
+        self.mediums = max((source.mediums for source in sources), default=0)
         self.context, self.patch, self.seed = context, patch, seed
         self.ratios = dict(ratios or {})
         self._bounds = _shares(self.tasks, ratios or {}).cumsum(0)
@@ -252,17 +274,21 @@ class RestorationData(Dataset[RestorationSample]):
         drawn = self._source_of[task].draw(task, self.context, generator)
         top, left = (_integer(self.context - self.patch + 1, generator) for _ in range(2))
         window = (..., slice(top, top + self.patch), slice(left, left + self.patch))
+        mediums = torch.full((self.mediums, 3, self.patch, self.patch), torch.nan)
+        if drawn.mediums is not None:
+            mediums[: len(drawn.mediums)] = drawn.mediums[window]
         return RestorationSample(
             drawn.degraded,
             drawn.degraded[window],
             drawn.target[window],
             torch.tensor(column),
             drawn.severity,
+            mediums,
         )
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the samples, besides the files."""
-        names = ("tasks", "context", "patch", "ratios", "seed")
+        names = ("tasks", "context", "patch", "ratios", "seed", "mediums")
         return {name: getattr(self, name) for name in names}
 
     def probe(self, each: int) -> RestorationSample:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +64,22 @@ class RestorationStep(nn.Module):
             restored = self._restored(samples, perception)
             return {"psnr": psnr(restored.float(), samples.target)}
         # Before the pass with gradient: hooks that run again in its backward see the last one.
-        mediums = self.mediums(self.model, samples.degraded, perception)
+        given = self._given_mediums(samples, perception)
         restored = self._restored(samples, perception)
         degraded, target = samples.degraded, samples.target
-        terms = self.objective(restored, target, degraded=degraded, medium=mediums, **vectors)
+        terms = self.objective(restored, target, degraded=degraded, **given, **vectors)
         return {**terms.as_dict(), "total": terms.total}
+
+    def _given_mediums(
+        self, samples: RestorationSample, perception: Perception | None
+    ) -> dict[str, Any]:
+        """Half-restored images, those made here and those read, and which of them there are."""
+        if self.objective.difficulty_adaptive is None:
+            return {}
+        made = self.mediums(self.model, samples.degraded, perception)
+        there = samples.mediums.isfinite().flatten(2).all(2)
+        valid = torch.cat([there.new_ones(len(there), len(made)), there], dim=1)
+        return {"medium": [*made, *samples.mediums.unbind(1)], "valid": valid}
 
     def _restored(self, samples: RestorationSample, perception: Perception | None) -> Tensor:
         restored = restored_by(self.model, samples.degraded, perception)
