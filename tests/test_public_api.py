@@ -44,11 +44,12 @@ NAMES = [
 ]
 
 MODEL_METHODS = {
-    "add_adapter": "name injector",
+    "add_adapter": "name adapter=None",
     "delete_adapter": "name",
     "disabled": "",
     "fold": "perception",
-    "forward": "*args *perception **kwargs",
+    "forward": "*args *perception *adapter_names=None **kwargs",
+    "hotswap_adapter": "pretrained name=None",
     "perceive": "image",
     "print_trainable_parameters": "",
     "push_to_hub": "repo_id **options",

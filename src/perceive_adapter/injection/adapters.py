@@ -1,10 +1,12 @@
-"""Several adapters on one backbone, of which one is active."""
+"""Several adapters on one backbone: one is active, or each image of a batch has its own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.injection.injector import PromptInjector
@@ -42,6 +44,18 @@ class AdapterSet(nn.ModuleDict):
             raise ConfigError(f"there is no adapter {name!r}; the adapters are {', '.join(self)}")
         return cast(PromptInjector, self[name])
 
+    def check_new(self, name: str) -> None:
+        """Raise if there cannot be another adapter of this name.
+
+        Raises:
+            ConfigError: the name is taken or cannot be one.
+        """
+        if not name or hasattr(self, name) or "." in name:
+            raise ConfigError(
+                f"adapter name {name!r} is taken, empty or has a dot; the adapters are "
+                f"{', '.join(self)}"
+            )
+
     def add(self, backbone: nn.Module, name: str, injector: PromptInjector) -> None:
         """Attach another injector, frozen and inactive.
 
@@ -49,11 +63,7 @@ class AdapterSet(nn.ModuleDict):
             ConfigError: the name is taken or cannot be one.
             SiteError: its sites do not fit the backbone.
         """
-        if not name or hasattr(self, name) or "." in name:
-            raise ConfigError(
-                f"adapter name {name!r} is taken, empty or has a dot; the adapters are "
-                f"{', '.join(self)}"
-            )
+        self.check_new(name)
         injector.attach(backbone, beside_others=True)
         injector.lock = self.injector.lock  # all run the same backbone
         injector.requires_grad_(False)
@@ -86,6 +96,54 @@ class AdapterSet(nn.ModuleDict):
             raise ConfigError(f"adapter {name!r} is active; set_adapter() another one first")
         injector.detach()
         del self[name]
+
+    def check_names(self, names: Sequence[str | None], batch: int) -> None:
+        """Raise if ``names`` do not name an adapter, or None, for each image of a batch.
+
+        Raises:
+            ConfigError: a name is unknown, or there are more or fewer than images.
+        """
+        if isinstance(names, str) or len(names) != batch:
+            raise ConfigError(
+                f"adapter_names={names!r} for {batch} images: expected a list with a name for each "
+                "image, or None for the bare backbone"
+            )
+        for name in names:
+            if name is not None:
+                self.named(name)
+
+    def arm(self, conditions: Mapping[str, Tensor], names: Sequence[str | None]) -> None:
+        """Give each image of the forward pass that follows to the adapter that is named for it.
+
+        Args:
+            conditions: (B or 1, L, C + 1) of every adapter that is named.
+            names: for each of B images.
+        """
+        for name in self:
+            injector = self.named(name)
+            injector.enabled = name in conditions
+            if name in conditions:
+                # At a condition of zeros a prompt leaves features as they are.
+                own = [[[float(name == other)]] for other in names]
+                injector.arm(conditions[name] * conditions[name].new_tensor(own))
+
+    def disarm(self) -> None:
+        """End that forward pass: the active adapter alone is at work again."""
+        for name in self:
+            injector = self.named(name)
+            injector.disarm()
+            injector.enabled = name == self.active
+
+    @contextmanager
+    def mixed(
+        self, conditions: Mapping[str, Tensor], names: Sequence[str | None]
+    ) -> Iterator[None]:
+        """See :meth:`arm`; for one forward pass inside the context."""
+        try:
+            self.arm(conditions, names)
+            yield
+        finally:
+            self.disarm()
 
     def detach(self) -> None:
         """Take the hooks of all injectors off the backbone."""

@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ from perceive_adapter.errors import (
 from perceive_adapter.folders import figures_table, save_folder
 from perceive_adapter.injection.injector import PromptInjector, modules_at
 from perceive_adapter.injection.perception import ValueRange
-from perceive_adapter.injection.plan import SitePlan
+from perceive_adapter.injection.plan import Site, SitePlan
 
 if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
@@ -39,6 +39,7 @@ __all__ = [
     "load_unfrozen",
     "push_adapter",
     "read_adapter",
+    "read_beside",
     "save_adapter",
     "whole",
 ]
@@ -180,8 +181,17 @@ def push_adapter(
         return hub.push_folder(folder, repo_id, **options)
 
 
-def read_adapter(name_or_path: str | os.PathLike[str], backbone: nn.Module) -> AdapterFile:
+def read_adapter(
+    name_or_path: str | os.PathLike[str],
+    backbone: nn.Module,
+    originals: Mapping[str, Tensor] | None = None,
+) -> AdapterFile:
     """Read a saved adapter and check that it is sound and fits ``backbone``; touch nothing.
+
+    Args:
+        name_or_path: folder or Hub repository.
+        backbone: that it is for.
+        originals: values of the backbone's weights from before its own training, by name.
 
     Raises:
         CheckpointError: missing, damaged, of an unknown format, or with other tensors than its
@@ -206,8 +216,51 @@ def read_adapter(name_or_path: str | os.PathLike[str], backbone: nn.Module) -> A
         raise CheckpointError(
             f"{where}: {TENSORS_NAME} holds tensors of no known part: {', '.join(extra[:5])}"
         )
-    _check_backbone(record, unfrozen, backbone, where)
+    _check_backbone(record, unfrozen, backbone, originals, where)
     return AdapterFile(record, _rebuild(record, own, where), unfrozen, where)
+
+
+def read_beside(
+    model: PerceiveModel,
+    name_or_path: str | os.PathLike[str],
+    *,
+    like: PromptInjector | None = None,
+) -> AdapterFile:
+    """Read a saved adapter that is to share a wrapped model with its own adapters.
+
+    Args:
+        model: it is not changed.
+        name_or_path: folder or Hub repository.
+        like: adapter that must have the same sites and config, but for what it treats.
+
+    Raises:
+        CheckpointError: missing, damaged, or it does not fit the model.
+    """
+    file = read_adapter(name_or_path, model.backbone, model.frozen.originals)
+    record, tower = file.record, model.perceiver
+    steers = None if record.perceiver is None else record.perceiver.fingerprint
+    position = (record.image_position, record.image_name)
+    differs = {
+        "is steered by another perceiver": steers is not None
+        and (tower is None or tower.fingerprint() != steers),
+        "is steered by another semantic model": record.config.semantic is not None
+        and record.config.semantic != model.injector.config.semantic,
+        "takes another value range": record.value_range != model.value_range,
+        "takes the image as another argument": position != model.image_arg,
+        "trained parameters of the backbone, which adapters share": bool(file.unfrozen),
+        "has other sites": like is not None and _unreasoned(record.plan) != _unreasoned(like.plan),
+        "has another config": like is not None
+        and replace(record.config, treats=like.config.treats) != like.config,
+    }
+    if reasons := [reason for reason, differ in differs.items() if differ]:
+        raise AdapterMismatchError(
+            f"{file.where} {' and '.join(reasons)}: wrap another copy of the backbone with it"
+        )
+    return file
+
+
+def _unreasoned(plan: SitePlan) -> list[Site]:
+    return [replace(site, reason="") for site in plan]
 
 
 def load_unfrozen(model: PerceiveModel, file: AdapterFile, *, is_trainable: bool) -> None:
@@ -256,6 +309,7 @@ def _check_backbone(
     record: AdapterRecord,
     unfrozen: Mapping[str, Tensor],
     backbone: nn.Module,
+    originals: Mapping[str, Tensor] | None,
     where: str,
 ) -> None:
     kind = type(backbone).__name__
@@ -277,7 +331,7 @@ def _check_backbone(
             f"{where} was made for a {record.backbone.name} of {record.backbone.parameters:,} "
             f"parameters and does not fit this {kind}: {error}"
         ) from error
-    if fingerprint(backbone) != record.backbone.fingerprint:
+    if fingerprint(backbone, originals) != record.backbone.fingerprint:
         warnings.warn(
             f"{where} was trained on a {record.backbone.name} with other weights than this "
             f"{kind}; it loads, since the shapes agree, and may restore badly",

@@ -56,6 +56,8 @@ class PromptSite(nn.Module):
 
     def at_depth(self, condition: Tensor) -> Tensor:
         """Select this site's depth from (B, L, C + 1)."""
+        if condition.shape[1] == 1:  # blocks that are compiled alone can then share their code
+            return condition[:, 0]
         return condition[:, int(self.depth * condition.shape[1])]
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perceive_adapter.errors import BackboneError, ConfigError, ImageError, PerceptionError
+from perceive_adapter.errors import (
+    BackboneError,
+    CompiledBackboneError,
+    ConfigError,
+    ImageError,
+    PerceptionError,
+)
 from perceive_adapter.injection.adapters import AdapterSet
-from perceive_adapter.injection.checkpoint import push_adapter, save_adapter
+from perceive_adapter.injection.checkpoint import push_adapter, read_beside, save_adapter
 from perceive_adapter.injection.folding import folded_weights
 from perceive_adapter.injection.freezing import FrozenBackbone
 from perceive_adapter.injection.injector import PromptInjector
@@ -71,6 +78,7 @@ class PerceiveModel(nn.Module):
         self.value_range = value_range or ValueRange()
         self._multiple: int | None = None
         self._folded: Perception | None = None
+        self._traced = False  # by torch.compile or torch.export
         self.frozen = FrozenBackbone(backbone)
         for tower in (perceiver, semantic):
             if tower is not None:
@@ -81,34 +89,48 @@ class PerceiveModel(nn.Module):
 
     # Running
 
-    def forward(self, *args: Any, perception: Perception | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        perception: Perception | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Restore, with the backbone's own arguments and result.
 
         Args:
             *args: as the backbone's.
             perception: what is known of the images, made elsewhere; None perceives the image.
+            adapter_names: for each image of the batch the adapter that restores it, None for the
+                bare backbone; without the list the active adapter restores all of them.
             **kwargs: as the backbone's.
 
         Raises:
             ImageError: the image is no floating-point (B, C, H, W) tensor on the model's device.
             PerceptionError: the perception does not fit the batch or the adapter.
+            ConfigError: an adapter's name is unknown, or there is not one for each image.
             BackboneError: the model was unwrapped.
         """
         injector = self.injector
         if not injector.attached:
             raise BackboneError("this model was unwrapped; wrap the backbone again")
         if torch.compiler.is_compiling():  # no locks there
-            return self._run_traced(perception, args, kwargs)
+            return self._run_traced(perception, adapter_names, args, kwargs)
         with injector.lock:
             if not injector.enabled:
                 return self.backbone(*args, **kwargs)
             image = self._image(args, kwargs)
             if self._folded is not None:
-                if perception is not None and perception is not self._folded:
+                if adapter_names is not None or perception not in (None, self._folded):
                     raise PerceptionError(
-                        "another perception was given inside fold(); leave the context first"
+                        "another perception, or names of adapters, were given inside fold(); leave "
+                        "the context first"
                     )
                 return self.backbone(*args, **kwargs)
+            if adapter_names is not None:
+                conditions = self._conditions(adapter_names, perception, image)
+                with self.adapters.mixed(conditions, adapter_names):
+                    return self.backbone(*args, **kwargs)
             perception = self._perception(perception, image)
             if self._folds(perception, image):
                 with self.fold(perception):
@@ -117,13 +139,22 @@ class PerceiveModel(nn.Module):
                 return self.backbone(*args, **kwargs)
 
     def _run_traced(
-        self, perception: Perception | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        perception: Perception | None,
+        adapter_names: Sequence[str | None] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run under torch.compile or torch.export, which do not fold by themselves."""
-        injector = self.injector
+        injector, self._traced = self.injector, True
         if not injector.enabled or self._folded is not None:
             return self.backbone(*args, **kwargs)
         image = self._image(args, kwargs)
+        if adapter_names is not None:
+            self.adapters.arm(self._conditions(adapter_names, perception, image), adapter_names)
+            output = self.backbone(*args, **kwargs)
+            self.adapters.disarm()
+            return output
         injector.arm(injector.encoder(self._perception(perception, image)))
         output = self.backbone(*args, **kwargs)
         injector.disarm()
@@ -140,9 +171,11 @@ class PerceiveModel(nn.Module):
             the perceiver's outputs and semantic vectors (without).
         """
         unit = self.value_range.to_unit(image)
+        return _completed(Perception(**self._seen(unit)), self.injector, unit)
+
+    def _seen(self, unit: Tensor) -> dict[str, Tensor]:
+        """What all adapters share of a perception."""
         fields: dict[str, Tensor] = {}
-        if self.injector.encoder.compact is not None:
-            fields.update(self.injector.perceive(unit).known())
         if self.perceiver is not None or self.semantic is not None:
             rgb = _as_rgb(unit)
             with torch.no_grad():
@@ -153,7 +186,7 @@ class PerceiveModel(nn.Module):
                             fields[name] = getattr(seen, name)
                 if self.semantic is not None:
                     fields["semantic"] = self.semantic(rgb)
-        return Perception(**fields)
+        return fields
 
     def restore(
         self, image: Image, *, tile: int | None = None, overlap: int = 32, batch_size: int = 1
@@ -312,15 +345,56 @@ class PerceiveModel(nn.Module):
 
     # Adapters
 
-    def add_adapter(self, name: str, injector: PromptInjector) -> None:
-        """Add another adapter's prompt modules, inactive until :meth:`set_adapter`.
+    def add_adapter(
+        self, name: str, adapter: PromptInjector | str | os.PathLike[str] | None = None
+    ) -> None:
+        """Add another adapter, inactive until :meth:`set_adapter`, or named for an image.
+
+        Args:
+            name: a new one.
+            adapter: a saved one's folder or Hub repository, prompt modules made elsewhere, or None
+                for a new one at the active adapter's sites.
 
         Raises:
             ConfigError: the name is taken or cannot be one.
             SiteError: its sites do not fit the backbone.
+            CheckpointError: the saved adapter is missing, damaged, of another backbone, or steered
+                by something else than this model has.
+            CompiledBackboneError: the model has been compiled, and would ignore it.
         """
+        self.adapters.check_new(name)
+        if self._traced:
+            raise CompiledBackboneError(
+                "the model has been compiled or exported, and would ignore the hooks of another "
+                "adapter: add adapters before, which costs nothing while they are not active, or "
+                "put other weights into one with hotswap_adapter()"
+            )
+        if adapter is None:
+            adapter = PromptInjector(self.sites, self.injector.config)
+        elif not isinstance(adapter, PromptInjector):
+            adapter = read_beside(self, adapter).injector
         like = next(self.injector.parameters())
-        self.adapters.add(self.backbone, name, injector.to(like.device))
+        self.adapters.add(self.backbone, name, adapter.to(like.device))
+
+    def hotswap_adapter(self, pretrained: str | os.PathLike[str], name: str | None = None) -> None:
+        """Put a saved adapter's weights into an adapter of the same make, in place.
+
+        A compiled model goes on with them without compiling again, unless they treat other
+        degradations.
+
+        Args:
+            pretrained: folder or Hub repository.
+            name: of the adapter that takes them; None for the active one.
+
+        Raises:
+            ConfigError: there is no adapter of that name.
+            CheckpointError: the saved adapter is missing or damaged, or has other sites, another
+                config, or something else to steer it.
+        """
+        injector = self.adapters.named(self.adapters.active if name is None else name)
+        file = read_beside(self, pretrained, like=injector)
+        injector.load_state_dict(file.injector.state_dict())
+        injector.treat(file.record.config.treats)
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the one that is used and trained.
@@ -412,6 +486,21 @@ class PerceiveModel(nn.Module):
             )
         return perception
 
+    def _conditions(
+        self, names: Sequence[str | None], perception: Perception | None, image: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the condition of each adapter that is named for an image of a batch."""
+        self.adapters.check_names(names, image.shape[0])
+        if perception is None:
+            unit = self.value_range.to_unit(image)
+            shared = Perception(**self._seen(unit))
+        conditions = {}
+        for name in dict.fromkeys(filter(None, names)):
+            injector = self.adapters.named(name)
+            seen = _completed(shared, injector, unit) if perception is None else perception
+            conditions[name] = injector.encoder(self._perception(seen, image))
+        return conditions
+
     def _folds(self, perception: Perception, image: Tensor) -> bool:
         """Whether to fold: one perception, no gradient, and an image large enough to pay."""
         return (
@@ -419,6 +508,13 @@ class PerceiveModel(nn.Module):
             and not torch.is_grad_enabled()
             and image[:, 0].numel() >= FOLD_FROM
         )
+
+
+def _completed(shared: Perception, injector: PromptInjector, unit: Tensor) -> Perception:
+    """Add an adapter's own compact features of images in [0, 1]."""
+    if injector.encoder.compact is None:
+        return shared
+    return dataclasses.replace(shared, compact=injector.perceive(unit).compact)
 
 
 def _as_rgb(image: Tensor) -> Tensor:

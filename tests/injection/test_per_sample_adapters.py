@@ -1,0 +1,234 @@
+"""A batch whose images have adapters of their own, and adapters that come while others work."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from wrapping import KINDS, injector_like, moved, oracle, relative, wrapped
+from zoo import CASES
+
+from perceive_adapter import (
+    AdapterConfig,
+    AdapterMismatchError,
+    CompiledBackboneError,
+    ConfigError,
+    PerceiveModel,
+    PerceptionError,
+)
+
+IMAGES = CASES["u_shape"].images(4)
+NAMES = ["default", "rain", None, "rain"]
+
+
+@pytest.fixture
+def model() -> PerceiveModel:
+    model = wrapped("u_shape")
+    model.add_adapter("rain", injector_like(model, seed=5))
+    return model
+
+
+def one_by_one(model: PerceiveModel, images: torch.Tensor = IMAGES) -> torch.Tensor:
+    restored = []
+    for image, name in zip(images.split(1), NAMES, strict=True):
+        if name is None:
+            with model.disabled():
+                restored.append(model(image))
+        else:
+            model.set_adapter(name)
+            restored.append(model(image))
+    model.set_adapter("default")
+    return torch.cat(restored)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["u_shape", "tokens", "windows"])
+@torch.no_grad()
+def test_each_image_is_restored_by_the_adapter_that_is_named_for_it(case: str, kind: str) -> None:
+    images = CASES[case].images(4)
+    model = wrapped(case, config=KINDS[kind])
+    model.add_adapter("rain", injector_like(model, seed=5))
+    mixed = model(images, adapter_names=NAMES)
+    expected = one_by_one(model, images)
+    assert relative(mixed, expected) < 1e-5
+    assert relative(model(images), expected) > 1e-4
+    torch.testing.assert_close(model(images), model(images, adapter_names=["default"] * 4))
+
+
+def test_without_a_name_an_image_gets_what_the_bare_backbone_gives(model: PerceiveModel) -> None:
+    with model.disabled():
+        bare = model(IMAGES)
+    assert torch.equal(model(IMAGES, adapter_names=[None] * 4), bare)
+    assert torch.equal(model(IMAGES, adapter_names=NAMES)[2], bare[2])
+
+
+def test_a_perception_may_be_given_for_all(model: PerceiveModel) -> None:
+    seen = oracle(4)
+    mixed = model(IMAGES, perception=seen, adapter_names=NAMES)
+    torch.testing.assert_close(mixed[0], model(IMAGES[:1], perception=seen[0])[0])
+    one = model(IMAGES, perception=seen[0], adapter_names=NAMES)
+    torch.testing.assert_close(one[0], mixed[0])
+
+
+def test_afterwards_the_active_adapter_is_at_work_alone(model: PerceiveModel) -> None:
+    before = model(IMAGES)
+    with pytest.raises(RuntimeError):
+        model(IMAGES[:, :, :31], adapter_names=NAMES)
+    assert torch.equal(model(IMAGES), before)
+    model(IMAGES, adapter_names=["rain"] * 4)
+    assert torch.equal(model(IMAGES), before)
+    assert not model.adapters["rain"].enabled
+
+
+def test_gradients_reach_the_adapter_that_trains(model: PerceiveModel) -> None:
+    model(IMAGES, adapter_names=NAMES).square().mean().backward()
+    together = [p.grad.clone() for p in model.injector.layers.parameters()]
+    model.zero_grad()
+    (model(IMAGES[:1]).square().mean() / 4).backward()
+    alone = [p.grad for p in model.injector.layers.parameters()]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in model.adapters["rain"].parameters())
+
+
+def test_names_that_do_not_fit_are_refused(model: PerceiveModel) -> None:
+    for names in (["rain"], "rain", [*NAMES, None]):
+        with pytest.raises(ConfigError, match="for 4 images: expected a list with a name for each"):
+            model(IMAGES, adapter_names=names)
+    with pytest.raises(ConfigError, match="no adapter 'snow'"):
+        model(IMAGES, adapter_names=["snow", None, None, None])
+    with model.fold(oracle(1)), pytest.raises(PerceptionError, match=r"inside fold\(\)"):
+        model(IMAGES[:1], adapter_names=["rain"])
+    with model.disabled():
+        bare = model(IMAGES)
+        assert torch.equal(model(IMAGES, adapter_names=NAMES), bare)
+
+
+def test_images_of_different_adapters_go_through_one_compiled_graph(model: PerceiveModel) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative(compiled(IMAGES, adapter_names=NAMES), one_by_one(model)) < 1e-5
+        torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
+
+
+# Adapters from disk
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = wrapped("u_shape", trained=False)
+    moved(model.injector, seed=7)
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_new_adapter_changes_nothing_yet(model: PerceiveModel) -> None:
+    model.add_adapter("snow")
+    model.set_adapter("snow")
+    with model.disabled():
+        bare = model(IMAGES)
+    assert torch.equal(model(IMAGES), bare)
+
+
+def test_saved_adapters_are_added_and_swapped_in(model: PerceiveModel, saved: Path) -> None:
+    expected = wrapped("u_shape")
+    moved_like_saved = expected.hotswap_adapter(saved)
+    assert moved_like_saved is None
+    model.add_adapter("haze", saved)
+    first = model(IMAGES)
+    model.set_adapter("haze")
+    assert torch.equal(model(IMAGES), expected(IMAGES))
+    assert relative(model(IMAGES), first) > 1e-3
+    model.hotswap_adapter(saved, "rain")
+    model.set_adapter("rain")
+    assert torch.equal(model(IMAGES), expected(IMAGES))
+    model.set_adapter("default")
+    assert torch.equal(model(IMAGES), first)
+    with pytest.raises(ConfigError, match="no adapter 'fog'"):
+        model.hotswap_adapter(saved, "fog")
+
+
+def test_adapters_that_do_not_fit_are_refused(model: PerceiveModel, tmp_path: Path) -> None:
+    def add(folder: Path) -> None:
+        model.add_adapter("other", folder)
+
+    def refused(reason: str, act: Callable[[Path], None] = add, **options: object) -> None:
+        other = wrapped("u_shape", trained=False, **options)
+        if reason.startswith("trained"):
+            other.unfreeze("ending.bias")
+        other.save_pretrained(tmp_path / "other")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(AdapterMismatchError, match=reason):
+            act(tmp_path / "other")
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    refused("takes another value range", value_range=(-1, 1))
+    refused("is steered by another perceiver", perceiver="perceive-tiny")
+    refused("trained parameters of the backbone")
+    refused("has other sites", sites=["enc*.a"], act=model.hotswap_adapter)
+    refused("has another config", config=AdapterConfig(condition_dim=8), act=model.hotswap_adapter)
+
+
+def test_weights_are_swapped_without_compiling_again(saved: Path) -> None:
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model, expected = wrapped("u_shape"), wrapped("u_shape")
+    expected.hotswap_adapter(saved)
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    with torch.no_grad():
+        before = compiled(IMAGES)
+        model.hotswap_adapter(saved)
+        after = compiled(IMAGES)
+        assert relative(after, before) > 1e-3
+        assert relative(after, expected(IMAGES)) < 1e-5
+    assert graphs.frame_count == 1
+
+
+def test_adapters_compile_once_each_and_sizes_once_for_all() -> None:
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model = wrapped("isotropic")
+    for name, seed in (("rain", 5), ("haze", 6)):
+        model.add_adapter(name, injector_like(model, seed=seed))
+    compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
+    with torch.no_grad():
+        for _ in range(2):
+            for name in ("default", "rain", "haze"):
+                model.set_adapter(name)
+                for size in (32, 48, 64, 80):
+                    image = CASES["isotropic"].images(2, size)
+                    assert relative(compiled(image), model(image)) < 1e-5
+    assert graphs.frame_count == 3
+
+
+def test_adapters_added_after_compiling_are_refused(model: PerceiveModel) -> None:
+    torch.compile(model, backend="eager")(IMAGES)
+    with pytest.raises(CompiledBackboneError, match="add adapters before"):
+        model.add_adapter("late")
+    assert list(model.adapters) == ["default", "rain"]
+
+
+def test_blocks_may_be_compiled_alone_and_share_their_code() -> None:
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model, image = wrapped("isotropic"), CASES["isotropic"].images(2)
+    expected = model(image)
+    expected.square().mean().backward()
+    gradients = [p.grad.clone() for p in model.trainable_parameters()]
+    model.zero_grad()
+    for block in model.backbone.modules():
+        if type(block).__name__ == "Block":
+            block.compile(fullgraph=True, backend=graphs)
+    actual = model(image)
+    assert graphs.frame_count == 2  # a block, and the hook behind it; the same for all four
+    assert relative(actual, expected) < 1e-5
+    actual.square().mean().backward()
+    for parameter, gradient in zip(model.trainable_parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert relative(model(image, perception=oracle(2)), expected) > 1e-4
+        with model.disabled():
+            bare = model(image)
+        assert relative(bare, CASES["isotropic"].net()(image)) < 1e-6
