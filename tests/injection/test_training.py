@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 from wrapping import KINDS, PAIRS, moved, oracle, wrapped
-from zoo import CASES
+from zoo import CASES, Isotropic
 
-from perceive_adapter import PerceiveModel, PerceptionError, wrap
+from perceive_adapter import BackboneError, PerceiveModel, PerceptionError, wrap
 
 
 @pytest.mark.parametrize(("case", "kind"), PAIRS)
@@ -100,6 +100,34 @@ def test_two_forward_passes_before_one_backward_pass() -> None:
     assert _gradients(_checkpointed(False), _two).any()
     with pytest.raises(PerceptionError, match="run the backward pass after each forward pass"):
         _gradients(_checkpointed(True), _two)
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_gradient() -> None:
+    model = _checkpointed(True)
+    model.backbone.reentrant = True
+    with pytest.raises(BackboneError, match="use_reentrant=False, or not at all"):
+        _one(model)
+    with torch.no_grad():
+        _one(model)
+    model.backbone.reentrant = False
+    _one(model).backward()
+
+
+class PartlyWithoutGradient(Isotropic):
+    """Runs its head as if it had been frozen for good."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = self.head(image)
+        return image + self.tail(self.body(features))
+
+
+def test_a_part_that_the_network_runs_without_gradient_is_its_own_affair() -> None:
+    model = wrap(PartlyWithoutGradient(), perceiver=False)
+    moved(model.injector)
+    model(CASES["isotropic"].images(2)).square().mean().backward()
+    grads = {n: p.grad for n, p in model.injector.layers.named_parameters()}
+    assert any(g is not None and g.any() for g in grads.values())
 
 
 def test_forward_passes_that_are_done_with_do_not_count() -> None:

@@ -316,12 +316,13 @@ class Checkpointed(Isotropic):
     """Activation checkpointing runs the hooks again in the backward pass."""
 
     checkpointing = True
+    reentrant = False
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.head(image)
         for block in self.body:
             keep = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if keep else block(x)
+            x = checkpoint(block, x, use_reentrant=self.reentrant) if keep else block(x)
         return image + self.tail(x)
 
 

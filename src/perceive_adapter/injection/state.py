@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import FrameType
 from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
-from perceive_adapter.errors import PerceptionError
+from perceive_adapter.errors import BackboneError, PerceptionError
 
 __all__ = ["ConditionState", "Lock"]
 
@@ -44,8 +47,15 @@ class ConditionState:
         Raises:
             PerceptionError: no forward pass is under way, or a backward pass runs hooks again and
                 goes through several.
+            BackboneError: the hook runs inside reentrant checkpointing.
         """
         if self.armed and self.condition is not None:
+            if not torch.compiler.is_compiling() and self._loses_gradient():
+                raise BackboneError(
+                    "the network checkpoints its activations with use_reentrant=True, which loses "
+                    "the gradient of prompts where the network is frozen: checkpoint with "
+                    "use_reentrant=False, or not at all"
+                )
             return self.condition
         if self.condition is None or torch._C._current_graph_task_id() == -1:
             raise PerceptionError(
@@ -59,6 +69,21 @@ class ConditionState:
                 "backward pass after each forward pass, or turn checkpointing off"
             )
         return self.condition
+
+    def _loses_gradient(self) -> bool:
+        """Whether a pass with gradient has come into reentrant checkpointing, which takes it off.
+
+        Other networks that turn gradients off, for a part that they have frozen, mean to.
+        """
+        assert self.condition is not None
+        if torch.is_grad_enabled() or not self.condition.requires_grad:
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code is CheckpointFunction.forward.__code__:
+                return True
+            frame = frame.f_back
+        return False
 
     def __getstate__(self) -> dict[str, Any]:
         # A condition belongs to the graph of one forward pass: it is neither copied nor saved.
