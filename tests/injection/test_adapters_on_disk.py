@@ -372,3 +372,24 @@ def test_an_untrained_perceiver_warns_and_works() -> None:
     with pytest.warns(UntrainedPerceiverWarning):
         restored = model(IMAGE)
     assert relative(restored, net()(IMAGE)) == 0
+
+
+# Backbones whose weights come later
+
+
+def test_an_adapter_waits_for_the_weights_of_a_backbone_on_the_meta_device(tmp_path: Path) -> None:
+    model, image = wrapped("u_shape"), CASES["u_shape"].images()
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = CASES["u_shape"].net()
+    loaded = wrap(empty, tmp_path)
+    assert all(p.is_meta for p in loaded.backbone.parameters())
+    loaded.backbone.load_state_dict(CASES["u_shape"].net().state_dict(), assign=True)
+    assert torch.equal(loaded(image), model(image))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    model.unfreeze("ending.bias")
+    model.save_pretrained(tmp_path / "more")
+    with torch.device("meta"):
+        empty = CASES["u_shape"].net()
+    with pytest.raises(AdapterMismatchError, match="load them first"):
+        wrap(empty, tmp_path / "more")

@@ -331,6 +331,12 @@ def _check_backbone(
             f"{where} was made for a {record.backbone.name} of {record.backbone.parameters:,} "
             f"parameters and does not fit this {kind}: {error}"
         ) from error
+    if any(parameter.is_meta for parameter in parameters.values()):
+        if unfrozen:
+            raise AdapterMismatchError(
+                f"{where} changes weights of the {kind}, which has none yet: load them first"
+            )
+        return
     if fingerprint(backbone, originals) != record.backbone.fingerprint:
         warnings.warn(
             f"{where} was trained on a {record.backbone.name} with other weights than this "

@@ -139,7 +139,7 @@ class PromptInjector(nn.Module):
         """
         if self.attached:
             raise AlreadyWrappedError("this injector is attached already; detach() it first")
-        check_backbone(backbone, hooked=beside_others)
+        check_backbone(backbone, hooked=beside_others, without_weights=True)
         self._hooked = modules_at(self.plan, backbone)
         self._handles = [
             self.module_at(prompt.site).register_forward_hook(prompt.hook)
@@ -204,12 +204,15 @@ class PromptInjector(nn.Module):
                 self.disarm()
 
 
-def check_backbone(backbone: nn.Module, *, hooked: bool = False) -> None:
+def check_backbone(
+    backbone: nn.Module, *, hooked: bool = False, without_weights: bool = False
+) -> None:
     """Raise if hooks cannot be installed on ``backbone`` as it is.
 
     Args:
         backbone: what a user gave.
         hooked: whether it may carry the hooks of an injector already.
+        without_weights: whether it may be on the meta device.
 
     Raises:
         BackboneError: no module, without parameters, on several devices, or on the meta device.
@@ -236,10 +239,11 @@ def check_backbone(backbone: nn.Module, *, hooked: bool = False) -> None:
                     "add_adapter(), or unwrap() it first"
                 )
     devices = {tensor.device for tensor in backbone.parameters()}
-    if len(devices) > 1 or torch.device("meta") in devices:
+    if len(devices) > 1 or (torch.device("meta") in devices and not without_weights):
         raise BackboneError(
             f"the backbone's parameters are on {', '.join(sorted(map(str, devices)))}; move it to "
-            "one real device first"
+            "one real device first (a saved adapter may also be wrapped around one on the meta "
+            "device, whose weights come later)"
         )
 
 

@@ -49,7 +49,9 @@ def wrap(
     Args:
         backbone: any module from degraded to restored image.
         pretrained: folder of a saved adapter, or its Hub repository, ``user/repo`` or
-            ``user/repo@revision``; None makes a new one.
+            ``user/repo@revision``; None makes a new one. A saved one may be put around a backbone on
+            the meta device, which gets its weights afterwards:
+            ``model.backbone.load_state_dict(weights, assign=True)``.
         sites: dotted module names or globs, see :func:`~perceive_adapter.plan_sites`; None
             discovers them within the parameter budget.
         config: kinds of prompt modules, rank, sources, budget. Only for a new adapter.
@@ -80,7 +82,7 @@ def wrap(
         >>> model.print_trainable_parameters()
         trainable: ... level and 2 layer sites
     """
-    check_backbone(backbone)
+    check_backbone(backbone, without_weights=pretrained is not None)
     values = ValueRange.of(value_range)
     argument = _image_argument(backbone, image_arg)
     if pretrained is not None:
@@ -166,7 +168,7 @@ def _assemble(
 ) -> PerceiveModel:
     """Build the model; nothing of the backbone has been touched before this."""
     like = next(backbone.parameters(), None)
-    if like is not None:
+    if like is not None and not like.is_meta:
         for module in (injector, options["perceiver"], options["semantic"]):
             if module is not None:
                 module.to(like.device)
