@@ -49,8 +49,8 @@ def wrap(
     Args:
         backbone: any module from degraded to restored image.
         pretrained: folder of a saved adapter, or its Hub repository, ``user/repo`` or
-            ``user/repo@revision``; None makes a new one. A saved one may be put around a backbone on
-            the meta device, which gets its weights afterwards:
+            ``user/repo@revision``; None makes a new one. A saved one may be put around a backbone
+            on the meta device, which gets its weights afterwards:
             ``model.backbone.load_state_dict(weights, assign=True)``.
         sites: dotted module names or globs, see :func:`~perceive_adapter.plan_sites`; None
             discovers them within the parameter budget.
