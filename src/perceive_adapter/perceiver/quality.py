@@ -393,7 +393,7 @@ class QualityPerceiver(nn.Module):
         return self.towers.logit_scale.to(embedding.dtype).exp() * cosine
 
     def _warn_if_untrained(self) -> None:
-        if self._scored or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._scored:
             return
         self._scored = True
         if not self.trained:
