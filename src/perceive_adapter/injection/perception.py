@@ -90,6 +90,11 @@ class Perception:
         return Perception(**{name: torch.cat([f[name] for f in fields]) for name in fields[0]})
 
 
+# So that an exported graph takes a perception as an input, field by field, and can be saved.
+torch.export.register_dataclass(Perception, serialized_type_name="perceive_adapter.Perception")
+torch.serialization.add_safe_globals([Perception])
+
+
 @dataclass(frozen=True)
 class ValueRange:
     """The affine map between images in [0, 1] and what a backbone takes and gives.
