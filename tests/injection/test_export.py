@@ -93,6 +93,14 @@ def test_onnx_with_the_compact_features_alone(case: str, options: dict[str, Any]
             assert largest(session(photograph(size)), model(photograph(size))) < TOLERANCE
 
 
+@pytest.mark.slow
+def test_onnx_with_semantic_guidance() -> None:
+    model = wrapped("u_shape", config=AdapterConfig(semantic="perceive-tiny"))
+    session = to_onnx(model, dynamic_shapes={"args": (any_size(),)})
+    for size in SIZES:
+        assert largest(session(photograph(size)), model(photograph(size))) < TOLERANCE
+
+
 def test_a_graph_limited_to_what_it_treats() -> None:
     model = wrapped("isotropic", perceiver=None)
     model.treat("low_light")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["Perceived"]
@@ -27,3 +28,7 @@ class Perceived:
     degradations: Tensor
     severity: Tensor
     embedding: Tensor
+
+
+# So that an exported graph may give it.
+torch.export.register_dataclass(Perceived, serialized_type_name="perceive_adapter.Perceived")
