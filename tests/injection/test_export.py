@@ -9,7 +9,6 @@ import io
 from typing import Any
 
 import numpy
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,8 @@ from wrapping import wrapped
 from zoo import REAL
 
 from perceive_adapter import AdapterConfig, Perception
+
+onnxruntime = pytest.importorskip("onnxruntime")
 
 EXAMPLE = torch.rand(1, 3, 72, 104, generator=torch.Generator().manual_seed(0))
 SIZES = [(64, 64), (96, 128), (264, 520)]  # one view, one view, several

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.errors import ConfigError, PerceptionError
+from perceive_adapter.pytrees import register_pytree
 
 __all__ = ["Perception", "ValueRange"]
 
@@ -90,9 +91,7 @@ class Perception:
         return Perception(**{name: torch.cat([f[name] for f in fields]) for name in fields[0]})
 
 
-# So that an exported graph takes a perception as an input, field by field, and can be saved.
-torch.export.register_dataclass(Perception, serialized_type_name="perceive_adapter.Perception")
-torch.serialization.add_safe_globals([Perception])
+register_pytree(Perception)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from perceive_adapter.pytrees import register_pytree
 
 __all__ = ["Perceived"]
 
@@ -30,5 +31,4 @@ class Perceived:
     embedding: Tensor
 
 
-# So that an exported graph may give it.
-torch.export.register_dataclass(Perceived, serialized_type_name="perceive_adapter.Perceived")
+register_pytree(Perceived)
