@@ -293,6 +293,18 @@ def test_compiles_in_one_graph(perceiver: QualityPerceiver) -> None:
     torch.testing.assert_close(compiled(IMAGES).tiers, perceiver(IMAGES).tiers)
 
 
+@pytest.mark.parametrize("clip", [VIT, RESNET])
+def test_a_graph_of_a_tower_that_takes_one_size_takes_images_of_any(clip: dict[str, Any]) -> None:
+    perceiver = trained(clip)
+    sides = {axis: torch.export.Dim(f"n{axis}", min=32) for axis in (2, 3)}
+    exported = torch.export.export(
+        perceiver, (IMAGES,), dynamic_shapes={"image": sides}, strict=False
+    ).module()
+    for size in [(32, 32), (40, 64), (200, 90)]:
+        image = images(3, 3, *size)
+        torch.testing.assert_close(exported(image).embedding, perceiver(image).embedding)
+
+
 def test_untrained_warns_once_per_instance() -> None:
     for perceiver in (tiny(), tiny()):
         perceiver.tier_loss(IMAGES, torch.tensor([0, 1, 2]))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from perceive_adapter.data.traced_views import traced_views
 from perceive_adapter.data.views import even_views, native_views, turned_views
 from perceive_adapter.errors import ConfigError, ImageError
 
@@ -182,6 +183,31 @@ def test_exports(views: Callable[..., torch.Tensor], multiple: int) -> None:
     module = Mean(views, multiple)
     exported = torch.export.export(module, (image,))
     assert torch.equal(exported.module()(image), module(image))
+
+
+@pytest.mark.parametrize("views", [native_views, turned_views])
+@pytest.mark.parametrize("size", [(64, 32), (60, 41), (20, 150)])
+def test_a_graph_is_exported_for_images_of_any_size(
+    views: Callable[..., torch.Tensor], size: tuple[int, int]
+) -> None:
+    module, sides = Mean(views, 8), {2: torch.export.Dim("h", min=2), 3: torch.export.Dim("w")}
+    exported = torch.export.export(
+        module, (torch.rand(2, 3, *size),), dynamic_shapes={"image": sides}, strict=False
+    ).module()
+    for other in [(5, 20), (20, 30), (32, 32), (90, 41), (300, 200), (33, 400)]:
+        image = torch.rand(2, 3, *other)
+        torch.testing.assert_close(exported(image), module(image))
+
+
+@pytest.mark.parametrize(("limit", "multiple"), [(1, 1), (3, 8), (4, 1), (16, 8)])
+def test_traced_views_are_those_of_images_whose_size_is_known(limit: int, multiple: int) -> None:
+    cuts = [(native_views, False, False), (even_views, True, False), (turned_views, True, True)]
+    for height, width in itertools.product([1, 8, 15, 31, 32, 33, 64, 70, 129, 300], repeat=2):
+        image = positions(height, width)
+        for views, even, turned in cuts:
+            expected = views(image, 32, limit, multiple)
+            actual = traced_views(image, 32, limit, multiple, even=even, turned=turned)
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("views", [native_views, turned_views])

@@ -3,8 +3,9 @@
 import math
 from typing import TypeAlias
 
-from torch import Tensor, cat, stack
+from torch import SymInt, Tensor, cat, stack
 
+from perceive_adapter.data.traced_views import traced_views
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = ["even_views", "native_views", "turned_views"]
@@ -51,6 +52,8 @@ def native_views(image: Tensor, size: int, limit: int, multiple: int = 1) -> Ten
         torch.Size([1, 1, 3, 64, 48])
     """
     _check(image, size, limit, multiple)
+    if _is_symbolic(image):
+        return traced_views(image, size, limit, multiple, even=False, turned=False)
     return _cut(image, *_native_layout(image, size, limit, multiple))
 
 
@@ -82,6 +85,8 @@ def even_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Te
         torch.Size([1, 4, 3, 144, 240])
     """
     _check(image, largest, limit, multiple)
+    if _is_symbolic(image):
+        return traced_views(image, largest, limit, multiple, even=True, turned=False)
     return _cut(image, *_layout(image, largest, limit, multiple))
 
 
@@ -116,6 +121,9 @@ def turned_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> 
         >>> turned_views(image[..., :1, :2], 2, 16).flatten().tolist()
         [1.0, 2.0, 2.0, 1.0]
     """
+    _check(image, largest, limit, multiple)
+    if _is_symbolic(image):
+        return traced_views(image, largest, limit, multiple, even=True, turned=True)
     views = even_views(image, largest, limit, multiple)
     _, (rows, columns) = _layout(image, largest, limit, multiple)
     if rows * columns == 1:
@@ -139,6 +147,11 @@ def _check(image: Tensor, size: int, limit: int, multiple: int) -> None:
             "(B, C, H, W) with at least one pixel. Add a batch dimension with image[None] if it is "
             "missing."
         )
+
+
+def _is_symbolic(image: Tensor) -> bool:
+    """Whether torch.export traces a graph for images of more than one size."""
+    return any(isinstance(length, SymInt) for length in image.shape[-2:])
 
 
 def _native_layout(image: Tensor, size: int, limit: int, multiple: int) -> _Layout:

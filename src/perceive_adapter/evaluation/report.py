@@ -21,7 +21,7 @@ from perceive_adapter.evaluation.measure import Measured
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_bars", "draw_grid", "group_means", "stamp", "table", "write_csv"]
+__all__ = ["draw_bars", "draw_grid", "group_means", "new_figure", "stamp", "table", "write_csv"]
 
 
 def table(measured: Sequence[Measured]) -> str:
@@ -77,7 +77,7 @@ def stamp(protocol: str, device: torch.device | str) -> dict[str, str]:
 
 def draw_bars(measured: Sequence[Measured], file: Path) -> None:
     """Draw the mean PSNR of every group and network as a PNG."""
-    figure = _figure(8, 4)
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     means = group_means(measured)
     networks = list(dict.fromkeys(row.network for row in measured))
@@ -98,7 +98,7 @@ def draw_bars(measured: Sequence[Measured], file: Path) -> None:
 def draw_grid(images: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
     """Draw before and after as a PNG: a row of images (3, H, W) for each name."""
     columns = list(next(iter(images.values())))
-    figure = _figure(3 * len(columns), 2.4 * len(images))
+    figure = new_figure(3 * len(columns), 2.4 * len(images))
     grid = figure.subplots(len(images), len(columns), squeeze=False)
     for axes, (row, shown) in zip(grid, images.items(), strict=True):
         for cell, name in zip(axes, columns, strict=True):
@@ -110,7 +110,8 @@ def draw_grid(images: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, of a size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -72,7 +72,7 @@ def _statistics(features: Tensor, batch: int, count: int) -> list[Tensor]:
     """Return mean and standard deviation (B, C) over all views of an image, in float32."""
     features = features.float()
     mean = _over_views(features, batch, count)
-    centred = features - mean.repeat_interleave(count, dim=0)[..., None, None]
+    centred = features - mean[:, None].expand(-1, count, -1).flatten(0, 1)[..., None, None]
     return [mean, (_over_views(centred.square(), batch, count) + 1e-6).sqrt()]
 
 

@@ -78,7 +78,7 @@ class PerceiveModel(nn.Module):
         self.value_range = value_range or ValueRange()
         self._multiple: int | None = None
         self._folded: Perception | None = None
-        self._traced = False  # by torch.compile or torch.export
+        self._compiled = False
         self.frozen = FrozenBackbone(backbone)
         for tower in (perceiver, semantic):
             if tower is not None:
@@ -146,7 +146,9 @@ class PerceiveModel(nn.Module):
         kwargs: dict[str, Any],
     ) -> Any:
         """Run under torch.compile or torch.export, which do not fold by themselves."""
-        injector, self._traced = self.injector, True
+        injector = self.injector
+        if torch.compiler.is_dynamo_compiling():  # an exported graph is a copy
+            self._compiled = True
         if not injector.enabled or self._folded is not None:
             return self.backbone(*args, **kwargs)
         image = self._image(args, kwargs)
@@ -363,9 +365,9 @@ class PerceiveModel(nn.Module):
             CompiledBackboneError: the model has been compiled, and would ignore it.
         """
         self.adapters.check_new(name)
-        if self._traced:
+        if self._compiled:
             raise CompiledBackboneError(
-                "the model has been compiled or exported, and would ignore the hooks of another "
+                "the model has been compiled, and would ignore the hooks of another "
                 "adapter: add adapters before, which costs nothing while they are not active, or "
                 "put other weights into one with hotswap_adapter()"
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.errors import ConfigError, PerceptionError
+from perceive_adapter.pytrees import register_pytree
 
 __all__ = ["Perception", "ValueRange"]
 
@@ -88,6 +89,9 @@ class Perception:
         if len({frozenset(known) for known in fields}) != 1:
             raise PerceptionError("only perceptions that know the same fields can be joined")
         return Perception(**{name: torch.cat([f[name] for f in fields]) for name in fields[0]})
+
+
+register_pytree(Perception)
 
 
 @dataclass(frozen=True)

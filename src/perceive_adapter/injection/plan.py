@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -190,10 +190,22 @@ class SitePlan:
         return len(self.sites)
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, kinds: Mapping[Role, str] | None = None) -> str:
+        """Return the sites as a table, and a line of totals.
+
+        Args:
+            kinds: kind of the prompt modules of each role, for a column of their own.
+        """
         header = ("site", "role", "channels", "stride", "layout", "rank", "parameters", "why")
         rows = [header, *(_row(site) for site in self.sites)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         right = {2, 3, 5, 6}
+        if kinds is not None:
+            told = ("prompt", *(kinds[site.role] for site in self.sites))
+            rows = [(*row[:2], kind, *row[2:]) for row, kind in zip(rows, told, strict=True)]
+            right = {3, 4, 6, 7}
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
                 cell.rjust(width) if i in right else cell.ljust(width)

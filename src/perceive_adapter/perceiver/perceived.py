@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from perceive_adapter.pytrees import register_pytree
+
 __all__ = ["Perceived"]
 
 
@@ -27,3 +29,6 @@ class Perceived:
     degradations: Tensor
     severity: Tensor
     embedding: Tensor
+
+
+register_pytree(Perceived)

@@ -361,6 +361,8 @@ class QualityPerceiver(nn.Module):
             # Square crops, so that an image narrower than the tower's input is not distorted.
             size = min(*self.towers.image_size, *image.shape[-2:])
             views = native_views(image, size, self.config.views)
+            for side in views.shape[-2:]:  # torch.export is told what the tower asks for
+                torch._check(side == size)
         # Contiguous, since the same pixels must give the same bits whatever their strides are.
         embeddings = self.towers.encode_image(views.flatten(0, 1).contiguous())
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -129,7 +129,7 @@ class ClipTowers(nn.Module):
         need be, since torch has no antialiased resize in half precision on a CPU.
         """
         dtype = self.text.positions.dtype
-        if image.shape[-2:] != self.image_size and not self.takes_any_size:
+        if not self.takes_any_size and image.shape[-2:] != self.image_size:
             image = image.to(torch.promote_types(image.dtype, torch.float32))
             image = F.interpolate(image, self.image_size, mode="bicubic", antialias=True)
         image = (image.to(dtype) - self.mean) / self.std

@@ -82,6 +82,8 @@ class StatisticsTrunk(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the features (B, features) of images (B, 3, H, W)."""
+        for side in image.shape[-2:]:  # torch.export is told that the last window has a pixel
+            torch._check(4 * ((side - 1) // 4) < side)
         coarse = F.avg_pool2d(image, 4, ceil_mode=True)
         parts = [coarse.amin((2, 3)), coarse.amax((2, 3)), *_statistics(image)]
         for level in self.levels(image):
