@@ -290,6 +290,70 @@ class WritesFeatures(nn.Module):
         return image + self.last(x)
 
 
+class WritesInEval(WritesFeatures):
+    """The same in eval mode only, as PLKSR does it: it trains in training mode only, also bare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix = conv(8, 8), conv(8, 8)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.mix(self.first(self.head(image)))
+        if self.training:
+            x = torch.cat([self.part(x[:, :4]), x[:, 4:]], 1)
+        else:
+            x[:, :4] = self.part(x[:, :4])
+        return image + self.last(x)
+
+
+class Merged(nn.Module):
+    """Two convolutions that are merged into one in eval mode, anew at every call, as in SPAN."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide, self.point = conv(width, width), conv(width, width, 1)
+        self.merged = conv(width, width)
+        self.merge()
+
+    def merge(self) -> None:
+        self.merged.weight.data = self.wide.weight.data + F.pad(self.point.weight.data, [1] * 4)
+        self.merged.bias.data = self.wide.bias.data + self.point.bias.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.wide(x) + self.point(x)
+        self.merge()
+        return self.merged(x)
+
+
+class Reparametrized(Isotropic):
+    """Its body runs other layers in training mode than in eval mode."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(Merged(width) for _ in range(3)))
+
+
+class Padded(UShape):
+    """Pads the image, and cuts what it gives, as waifu2x does."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        padded = F.pad(image, [12] * 4, "reflect")
+        return super().forward(padded)[..., 12:-12, 12:-12]
+
+
+class Noisy(Isotropic):
+    """Adds noise to what it sees, at every call other noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blend = nn.Linear(3, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image + 0.5 * torch.randn_like(image)
+        return super().forward(self.blend(image.movedim(1, -1)).movedim(-1, 1))
+
+
 class ZeroScale(nn.Module):
     """A branch behind a scale that is zero, as in an untrained NAFNet."""
 
@@ -423,6 +487,8 @@ TOYS = {
     ),
     "writes_input": Case(WritesInput),
     "writes_features": Case(WritesFeatures),
+    "reparametrized": Case(Reparametrized),
+    "padded": Case(Padded),
     "zero_scale": Case(ZeroScale),
     "multiple": Case(Multiple),
     "checkpointed": Case(Checkpointed),

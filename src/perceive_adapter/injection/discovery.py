@@ -16,6 +16,7 @@ from perceive_adapter.injection.globs import matching
 from perceive_adapter.injection.injector import check_backbone
 from perceive_adapter.injection.layouts import Traces, layer_layout, level_feature
 from perceive_adapter.injection.levels import choose_levels
+from perceive_adapter.injection.modes import find_eval_only
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
 from perceive_adapter.injection.probe import Example, Trace, check_image, image_in, quiet, trace
 from perceive_adapter.injection.prompts import build_prompt, is_dense, weight_shape
@@ -75,6 +76,7 @@ def plan_sites(
         )
         named = sites is not None
         plan = _fit_budget(plan, config, keep_all=named)
+        plan = plan.replace(eval_only=find_eval_only(backbone, plan, _smallest(given, traces)))
         return verified(backbone, plan, config, given, base.output, named=named)
 
 
@@ -160,10 +162,17 @@ def _traces(backbone: nn.Module, example: Example, base: Trace) -> tuple[Traces,
     restored = image_in(base.output, 1)
     height, width = image.shape[2:]
     batch = _try_trace(backbone, example.doubled(), fingerprints=True)
-    size = _try_trace(backbone, example.resized(height // 2, width // 2), fingerprints=False)
-    if size is None:
-        size = _try_trace(backbone, example.resized(2 * height, 2 * width), fingerprints=False)
-    return Traces(base, batch, size, (height, width)), restored.shape[-1] / width
+    for other in ((height // 2, width // 2), (2 * height, 2 * width)):
+        size = _try_trace(backbone, example.resized(*other), fingerprints=False)
+        if size is not None:
+            break
+    return Traces(base, batch, size, (height, width), other), restored.shape[-1] / width
+
+
+def _smallest(example: Example, traces: Traces) -> Example:
+    """Return the example at the smallest size that is known to work."""
+    fits = traces.size is not None and traces.other_size < traces.image_size
+    return example.resized(*traces.other_size) if fits else example
 
 
 def _try_trace(backbone: nn.Module, example: Example, *, fingerprints: bool) -> Trace | None:

@@ -15,6 +15,7 @@ __all__ = ["Stage", "choose_levels"]
 
 MAX_GROUPS = 8
 FEW = 3
+CLEARLY = 1.25  # strides of networks that pad to whole windows are not exact
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def choose_levels(backbone: nn.Module, traces: Traces) -> list[tuple[Stage, str]
     chosen: dict[str, tuple[Stage, str]] = {}
     deepest = max(stage.feature.stride for stage in stages)
     for stage, following in pairwise(stages):
-        if following.feature.stride < stage.feature.stride:
+        if CLEARLY * following.feature.stride < stage.feature.stride:
             bottom = stage.feature.stride == deepest
             chosen[stage.name] = (stage, "bottleneck" if bottom else "decoder level")
     last = stages[-2] if _gives_image(stages[-1], traces) and len(stages) > 1 else stages[-1]
@@ -94,7 +95,7 @@ def _spine(backbone: nn.Module, traces: Traces) -> list[Stage]:
                 walk(child)
             if len(stages) > before or isinstance(feature, str):
                 return
-        if not isinstance(feature, str) and feature.stride >= 1:
+        if not isinstance(feature, str) and CLEARLY * feature.stride > 1:
             stages.append(Stage(name, feature, type(module).__name__, dense, calls[0].end))
 
     walk("")

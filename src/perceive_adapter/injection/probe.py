@@ -89,10 +89,22 @@ class Example:
         )
 
     def call(self, backbone: nn.Module) -> Any:
-        """Run ``backbone`` on a copy of the tensors, since some networks write to their input."""
+        """Run ``backbone`` on a copy of the tensors, since some networks write to their input.
+
+        Networks that draw random numbers draw the same ones every time, so that runs compare; the
+        random state is put back by :func:`quiet`.
+        """
+        _seed(self.image.device)
         args = [v.clone() if isinstance(v, Tensor) else v for v in self.args]
         kwargs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
         return backbone(*args, **kwargs)
+
+
+def _seed(device: torch.device) -> None:
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":  # torch.manual_seed would reach the other devices too
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
 
 
 @dataclass
