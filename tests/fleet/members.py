@@ -56,7 +56,7 @@ class Member:
     size: int = 32
     batch: int = 2
     wrap: dict[str, Any] = field(default_factory=dict)
-    call: Callable[[nn.Module, Tensor], Any] = lambda net, image: net(image)
+    call: Callable[[Callable[..., Any], Tensor], Any] = lambda net, image: net(image)
     large: bool = False
 
     @property
@@ -79,7 +79,7 @@ class Member:
         side = size or self.size
         return torch.rand(batch or self.batch, self.channels, side, side, generator=generator)
 
-    def run(self, net: nn.Module, image: Tensor) -> Tensor:
+    def run(self, net: Callable[..., Any], image: Tensor) -> Tensor:
         """Restore a copy of the image; networks that draw random numbers draw the same ones."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

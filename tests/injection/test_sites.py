@@ -49,6 +49,7 @@ def names(found: SitePlan, role: Any) -> list[str]:
         ("swinir", ["layers.0", "layers.1", "conv_after_body"]),
         ("tokens", ["blocks.0", "blocks.1", "blocks.2", "out"]),
         ("padded", ["middle", "dec2", "dec1"]),
+        ("cut_short", ["downs.2", "decoder.dec2", "decoder.dec1"]),
     ],
 )
 def test_levels_are_the_bottleneck_and_every_decoder_level(case: str, levels: list[str]) -> None:

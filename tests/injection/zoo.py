@@ -342,6 +342,38 @@ class Padded(UShape):
         return super().forward(padded)[..., 12:-12, 12:-12]
 
 
+class Decoder(nn.Module):
+    """Takes the features of every level as one list."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up2, self.dec2 = UShape._up(4 * width, True), Block(2 * width)
+        self.up1, self.dec1 = UShape._up(2 * width, True), Block(width)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        one, two, three = features
+        return self.dec1(self.up1(self.dec2(self.up2(three) + two)) + one)
+
+
+class CutShort(nn.Module):
+    """An encoder of which the deeper half is there and never runs, as a classifier's trunk."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.downs = nn.ModuleList(
+            nn.Conv2d(inputs, outputs, step, stride=step)
+            for inputs, outputs, step in ((3, width, 1), (width, 16, 2), (16, 4 * width, 2))
+        )
+        self.never = nn.Sequential(*(Block(32) for _ in range(6)))
+        self.decoder, self.ending = Decoder(width), conv(width, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = [image]
+        for down in self.downs:
+            features.append(down(features[-1]))
+        return image + self.ending(self.decoder(features[1:]))
+
+
 class Noisy(Isotropic):
     """Adds noise to what it sees, at every call other noise."""
 
@@ -489,6 +521,7 @@ TOYS = {
     "writes_features": Case(WritesFeatures),
     "reparametrized": Case(Reparametrized),
     "padded": Case(Padded),
+    "cut_short": Case(CutShort),
     "zero_scale": Case(ZeroScale),
     "multiple": Case(Multiple),
     "checkpointed": Case(Checkpointed),

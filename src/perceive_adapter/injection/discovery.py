@@ -76,8 +76,10 @@ def plan_sites(
         )
         named = sites is not None
         plan = _fit_budget(plan, config, keep_all=named)
-        plan = plan.replace(eval_only=find_eval_only(backbone, plan, _smallest(given, traces)))
-        return verified(backbone, plan, config, given, base.output, named=named)
+        small = _smallest(given, traces)
+        output = base.output if traces.size is None or small is given else traces.size.output
+        plan = plan.replace(eval_only=find_eval_only(backbone, plan, small))
+        return verified(backbone, plan, config, small, output, named=named)
 
 
 def _find(
@@ -155,29 +157,47 @@ def _traced(backbone: nn.Module, example: Example) -> Trace:
 
 
 def _traces(backbone: nn.Module, example: Example, base: Trace) -> tuple[Traces, float]:
-    """Add a doubled batch and another size to the base case; the backbone may refuse them."""
+    """Add another size and a doubled batch to the base case; the backbone may refuse them."""
     image = example.image
     if image.shape[0] != 1:
         raise BackboneError(f"the example's image has batch {image.shape[0]}; give a batch of one")
     restored = image_in(base.output, 1)
     height, width = image.shape[2:]
-    batch = _try_trace(backbone, example.doubled(), fingerprints=True)
     for other in ((height // 2, width // 2), (2 * height, 2 * width)):
-        size = _try_trace(backbone, example.resized(*other), fingerprints=False)
+        size = _try_trace(backbone, example.resized(*other))
         if size is not None:
             break
-    return Traces(base, batch, size, (height, width), other), restored.shape[-1] / width
+    traces = Traces(base, size, base, None, (height, width), other)
+    small = _smallest(example, traces)
+    if size is not None and small is not example and not _folds_windows(base):
+        example, traces = small, dataclasses.replace(traces, single=size)
+    batch = _try_trace(backbone, example.doubled())
+    return dataclasses.replace(traces, batch=batch), restored.shape[-1] / width
+
+
+def _folds_windows(base: Trace) -> bool:
+    """Tell whether any module sees more rows than the one image: windows, or tokens first.
+
+    Their order is told at the full size only, where there is more than one of them.
+    """
+    calls = (call for calls in base.calls.values() for call in calls)
+    return any(call.input_shape is not None and call.input_shape[:1] != (1,) for call in calls)
 
 
 def _smallest(example: Example, traces: Traces) -> Example:
-    """Return the example at the smallest size that is known to work."""
+    """Return the example at the smallest size that is known to work.
+
+    As it is where it has other tensors too: a part of a mask may mask nothing.
+    """
+    values = (*example.args, *example.kwargs.values())
+    alone = sum(isinstance(value, Tensor) for value in values) == 1
     fits = traces.size is not None and traces.other_size < traces.image_size
-    return example.resized(*traces.other_size) if fits else example
+    return example.resized(*traces.other_size) if alone and fits else example
 
 
-def _try_trace(backbone: nn.Module, example: Example, *, fingerprints: bool) -> Trace | None:
+def _try_trace(backbone: nn.Module, example: Example) -> Trace | None:
     try:
-        return trace(backbone, example, fingerprints=fingerprints)
+        return trace(backbone, example)
     except Exception:  # whatever a network raises for a size that it was not made for
         return None
 
@@ -272,8 +292,9 @@ def _fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> Sit
     plan = plan.replace(encoder_parameters=sum(p.numel() for p in encoder.parameters()))
     budget = config.budget or max(120_000, round(0.03 * plan.backbone_parameters))
     ranks = [config.rank] if config.rank else range(config.max_rank, 0, -1)
+    sizes: dict[Site, int] = {}
     for rank in ranks:
-        fitted = _with_rank(plan, config, rank)
+        fitted = _with_rank(plan, config, rank, sizes)
         if fitted.parameters <= budget or (config.rank and not config.budget):
             return fitted
     while not keep_all and fitted.parameters > budget and fitted.of("layer"):
@@ -287,14 +308,20 @@ def _fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> Sit
     return fitted
 
 
-def _with_rank(plan: SitePlan, config: AdapterConfig, rank: int) -> SitePlan:
-    return plan.replace(sites=tuple(_sized(site, config, rank) for site in plan))
+def _with_rank(
+    plan: SitePlan, config: AdapterConfig, rank: int, sizes: dict[Site, int]
+) -> SitePlan:
+    return plan.replace(sites=tuple(_sized(site, config, rank, sizes) for site in plan))
 
 
-def _sized(site: Site, config: AdapterConfig, rank: int) -> Site:
+def _sized(site: Site, config: AdapterConfig, rank: int, sizes: dict[Site, int]) -> Site:
+    """Return ``site`` with its rank and size; ``sizes`` keeps those of sites that are alike."""
     if site.role == "layer":
         outputs, inputs = site.weight_shape[0], torch.Size(site.weight_shape[1:]).numel()
         site = dataclasses.replace(site, rank=min(rank, outputs, inputs))
-    with torch.device("meta"):
-        prompt = build_prompt(site, config)
-    return dataclasses.replace(site, parameters=sum(p.numel() for p in prompt.parameters()))
+    alike = dataclasses.replace(site, name="", reason="", stride=None, parameters=0)
+    if alike not in sizes:
+        with torch.device("meta"):
+            prompt = build_prompt(site, config)
+        sizes[alike] = sum(p.numel() for p in prompt.parameters())
+    return dataclasses.replace(site, parameters=sizes[alike])

@@ -17,11 +17,21 @@ MIN_CHANNELS = 5
 
 @dataclass(frozen=True)
 class Traces:
-    """Dry runs of one backbone that differ in one thing each; None where it refused the input."""
+    """Dry runs of one backbone that differ in one thing each; None where it refused the input.
+
+    Args:
+        base: on the example.
+        size: on an image of ``other_size``.
+        single: the one of these two that ``batch`` compares with.
+        batch: on two images.
+        image_size: height and width of the example.
+        other_size: height and width that ``size`` was tried with.
+    """
 
     base: Trace
-    batch: Trace | None
     size: Trace | None
+    single: Trace
+    batch: Trace | None
     image_size: tuple[int, int]
     other_size: tuple[int, int]
 
@@ -54,8 +64,7 @@ def level_feature(name: str, traces: Traces) -> Feature | str:
     sizes = other.output_shape if other is not None else None
     if sizes is None or len(sizes) != len(shape):
         return f"the layout of its output {shape} cannot be told"
-    batch = _only_call(traces.batch, name)
-    if batch is not None and batch.output_shape != (2, *shape[1:]):
+    if not _keeps_batch(name, traces):
         return f"its output {shape} does not have the batch as its first axis"
     spatial = [i for i in range(1, len(shape)) if shape[i] != sizes[i]]
     channel = [i for i in range(1, len(shape)) if i not in spatial]
@@ -65,6 +74,14 @@ def level_feature(name: str, traces: Traces) -> Feature | str:
     if axis == -1 and channel != [len(shape) - 1]:
         return f"its output {shape} has its channels neither first nor last"
     return _feature(shape, axis, calls[0], traces, other)
+
+
+def _keeps_batch(name: str, traces: Traces) -> bool:
+    """Tell whether twice the images give twice the output, as far as that could be tried."""
+    one, two = _only_call(traces.single, name), _only_call(traces.batch, name)
+    if one is None or two is None or one.output_shape is None:
+        return True
+    return two.output_shape == (2, *one.output_shape[1:])
 
 
 def _guess_feature(shape: tuple[int, ...], call: Call, traces: Traces) -> Feature | str:
@@ -126,10 +143,10 @@ def layer_layout(name: str, module: nn.Module, traces: Traces) -> Layout | str:
     axis = -1 if isinstance(module, nn.Linear) else 1
     if traces.batch is None:
         return Layout(0, axis)
-    doubled = traces.batch.calls.get(name, [])
-    if len(doubled) != len(calls):
+    single, doubled = traces.single.calls.get(name, []), traces.batch.calls.get(name, [])
+    if len(doubled) != len(single):
         return "it runs more often for a larger batch"
-    found = {_batch_axis(one, two, axis) for one, two in zip(calls, doubled, strict=True)}
+    found = {_batch_axis(one, two, axis) for one, two in zip(single, doubled, strict=True)}
     if len(found) > 1:
         return "its calls differ in where they have the batch"
     return found.pop()
@@ -147,7 +164,7 @@ def _batch_axis(one: Call, two: Call, axis: int) -> Layout | str:
     rows, both = one.rows, two.rows
     if rows is None or both is None:
         return "its input has one dimension only"
-    if _alike(both[: len(rows)], rows):
+    if len(rows) == 1 or _alike(both[: len(rows)], rows):
         return Layout(0, axis)
     if _alike(both[::2], rows):
         return Layout(0, axis, "minor")

@@ -74,7 +74,8 @@ def _groups(stages: list[Stage]) -> list[Stage]:
 def _spine(backbone: nn.Module, traces: Traces) -> list[Stage]:
     """Cut the forward pass into stages that follow each other, each one feature map."""
     modules = dict(backbone.named_modules())
-    total = sum(is_dense(module) for module in modules.values()) or 1
+    ran = {name for name, m in modules.items() if is_dense(m) and traces.base.calls.get(name)}
+    total = len(ran) or 1
     stages: list[Stage] = []
 
     def walk(name: str) -> None:
@@ -83,8 +84,9 @@ def _spine(backbone: nn.Module, traces: Traces) -> list[Stage]:
         children = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
         children = [child for child in children if child in modules]
         feature = level_feature(name, traces) if name else "the root"
-        dense = sum(is_dense(m) for m in module.modules())
-        fires_below = any(traces.base.calls.get(n) for n in _below(name, modules))
+        below = _below(name, modules)
+        dense = len(ran.intersection((name, *below)))
+        fires_below = any(traces.base.calls.get(n) for n in below)
         if fires_below and (
             isinstance(feature, str)
             or 2 * dense > total
