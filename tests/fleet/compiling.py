@@ -101,8 +101,9 @@ class Called(nn.Module):
         return self.member.call(self.net, image)
 
 
-COMPILING: dict[str, tuple[Callable[[Member], None], Callable[[Member], None]]] = {
+CHECKS: dict[str, tuple[Callable[[Member], None], Callable[[Member], None]]] = {
     "compiles": (compiles, bare_compiles),
+    "compiles for a given perception": (compiles_for_a_given_perception, bare_compiles),
     "compiles to train": (compiles_to_train, bare_compiles_to_train),
     "exports": (exports, bare_exports),
 }
@@ -114,7 +115,7 @@ def check(member: Member, what: str) -> None:
     Raises:
         Unsupported: with the bare network's own reason.
     """
-    of_wrapped, of_bare = COMPILING[what]
+    of_wrapped, of_bare = CHECKS[what]
     try:
         of_wrapped(member)
     except Exception:

@@ -46,7 +46,6 @@ class Member:
         batch: 1 for a network that takes one image at a time.
         wrap: options that its wrapper needs.
         call: how it is called with an image.
-        large: whether it takes long.
     """
 
     package: str
@@ -57,7 +56,6 @@ class Member:
     batch: int = 2
     wrap: dict[str, Any] = field(default_factory=dict)
     call: Callable[[Callable[..., Any], Tensor], Any] = lambda net, image: net(image)
-    large: bool = False
 
     @property
     def installed(self) -> bool:
@@ -167,7 +165,6 @@ def _spandrel() -> dict[str, Member]:
             net("LaMa", in_nc=4),
             wrap=_example(_hole(torch.zeros(1, 3, 64, 64))),
             call=lambda net, image: net(image, _hole(image)),
-            large=True,
         ),
         "MMRealSR": net(
             "MMRealSR", **RGB, num_feat=16, num_block=2, num_grow_ch=8, num_feats=[8, 16, 24, 32]
@@ -182,8 +179,8 @@ def _spandrel() -> dict[str, Member]:
         "RGT": net("RGT", embed_dim=16, depth=[2, 2], num_heads=[2, 2]),
         "RealCUGAN_2x": net("RealCUGAN", "UpCunet2x"),
         "RealCUGAN_2x_fast": _with(net("RealCUGAN", "UpCunet2x_fast"), size=64),
-        "RealCUGAN_3x": _with(net("RealCUGAN", "UpCunet3x"), large=True),
-        "RealCUGAN_4x": _with(net("RealCUGAN", "UpCunet4x"), large=True),
+        "RealCUGAN_3x": net("RealCUGAN", "UpCunet3x"),
+        "RealCUGAN_4x": net("RealCUGAN", "UpCunet4x"),
         "RealPLKSR": net("PLKSR", "RealPLKSR", dim=16, n_blocks=3, upscaling_factor=2),
         "RestoreFormer": net(
             "RestoreFormer",
@@ -230,7 +227,7 @@ def _extra() -> dict[str, Member]:
         "AdaCode": _with(
             net("AdaCode", codebook_params=[[32, 32, 32]], gt_resolution=64), large=True
         ),
-        "DDColor": _with(color, build=_settled(color.build), size=64, large=True),
+        "DDColor": _with(color, build=_settled(color.build), size=64),
         "FeMaSR": _with(
             net("FeMaSR", codebook_params=[[32, 64, 32]], gt_resolution=64), large=True
         ),
@@ -256,7 +253,7 @@ def _deepinv() -> dict[str, Member]:
         "DRUNet": net("DRUNet", nc=(8, 16, 24, 32), nb=1, **own),
         "FFDNet": net("FFDNet", n_conv_layers=4, nf=16, img_channels=3, **own),
         "NCSNpp": _with(net("NCSNpp", **score, num_blocks=1, channel_mult=(1, 2)), **level),
-        "PromptIR": _with(plain("PromptIR", **BLOCKS, **own), large=True),
+        "PromptIR": plain("PromptIR", **BLOCKS, **own),
         "SRResNet": plain("SRResNet", num_blocks=2, feats=16, upscale=2),
         "UNet": plain("UNet", **IN_OUT, scales=3, channels_per_scale=[8, 16, 32]),
     }
@@ -350,3 +347,34 @@ LEFT_OUT = {
     "CodeFormer": "restores face crops of 512 px only, with 74 M parameters of fixed widths",
     "MAT": "fills holes in images of 512 px only, with 62 M parameters of fixed widths",
 }
+
+# Those that take seconds; their tests are slow ones.
+LARGE = frozenset(
+    (
+        "AdaCode",
+        "AuraSR",
+        "CRAFT",
+        "DCTLSA",
+        "DDColor",
+        "DRCT",
+        "ESRGAN",
+        "FeMaSR",
+        "GFPGAN",
+        "GRL",
+        "HVICIDNet",
+        "KBNet_l",
+        "LaMa",
+        "MIRNet2",
+        "MMRealSR",
+        "MPRNet",
+        "MixDehazeNet",
+        "RealCUGAN_2x",
+        "RealCUGAN_2x_fast",
+        "RealCUGAN_3x",
+        "RealCUGAN_4x",
+        "SCUNet",
+        "Uformer",
+        "deepinv.PromptIR",
+        "monai.SwinUNETR",
+    )
+)

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from checks import CHECKS, sail
-from compiling import COMPILING, Unsupported, check
-from members import LEFT_OUT, MEMBERS, Member
+from compiling import Unsupported, check
+from members import LARGE, LEFT_OUT, MEMBERS, Member
 
 DOC = Path(__file__).parents[2] / "docs" / "fleet.md"
+COMPILING = ("compiles", "compiles to train", "exports")
 COLUMNS = (*CHECKS, *COMPILING)
 PACKAGES = (
     "torch",
@@ -158,7 +159,8 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     if options.results.exists():
         rows = dict(json.loads(line) for line in options.results.read_text().splitlines())
-    for name in options.only or [name for name in MEMBERS if name not in rows]:
+    missing = [name for name in sorted(MEMBERS, key=LARGE.__contains__) if name not in rows]
+    for name in options.only or missing:
         rows[name] = examine(MEMBERS[name])
         print(name, rows[name], flush=True)
         with options.results.open("a") as file:

@@ -1,18 +1,19 @@
 """What compiles or exports by itself does so wrapped, as a whole and with the same output."""
 
 import pytest
-from compiling import COMPILING, Unsupported, check
+from compiling import CHECKS, Unsupported, check
 from members import MEMBERS
 
 # One of each kind, the small ones; the others take minutes together.
 FAST = {
     "compiles": ("Compact", "DITN", "DnCNN", "DRUNet", "PLKSR", "SwiftSRGAN", "monai.SegResNet"),
+    "compiles for a given perception": ("DnCNN", "PLKSR"),
     "compiles to train": ("Compact", "PLKSR"),
     "exports": ("DRUNet", "PLKSR"),
 }
 CASES = [
     pytest.param(name, what, marks=[] if name in FAST[what] else [pytest.mark.slow])
-    for what in COMPILING
+    for what in CHECKS
     for name in MEMBERS
 ]
 

@@ -7,7 +7,7 @@ import pytest
 import spandrel
 import spandrel_extra_arches
 from checks import CHECKS, Voyage, sail
-from members import LEFT_OUT, MEMBERS
+from members import LARGE, LEFT_OUT, MEMBERS
 
 from perceive_adapter import BackboneError, plan_sites, wrap
 
@@ -15,10 +15,7 @@ REGISTRIES = {
     "spandrel": spandrel.MAIN_REGISTRY,
     "spandrel_extra_arches": spandrel_extra_arches.EXTRA_REGISTRY,
 }
-FLEET = [
-    pytest.param(name, marks=pytest.mark.slow) if member.large else name
-    for name, member in MEMBERS.items()
-]
+FLEET = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in MEMBERS]
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import BackboneError, SiteError
-from perceive_adapter.injection.condition import ConditionEncoder
+from perceive_adapter.injection.budget import fit_budget
 from perceive_adapter.injection.globs import matching
 from perceive_adapter.injection.injector import check_backbone
 from perceive_adapter.injection.layouts import Traces, layer_layout, level_feature
@@ -19,7 +19,7 @@ from perceive_adapter.injection.levels import choose_levels
 from perceive_adapter.injection.modes import find_eval_only
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
 from perceive_adapter.injection.probe import Example, Trace, check_image, image_in, quiet, trace
-from perceive_adapter.injection.prompts import build_prompt, is_dense, weight_shape
+from perceive_adapter.injection.prompts import is_dense, weight_shape
 from perceive_adapter.injection.verify import verified
 
 __all__ = ["plan_sites"]
@@ -75,7 +75,7 @@ def plan_sites(
             backbone_parameters=sum(p.numel() for p in backbone.parameters()),
         )
         named = sites is not None
-        plan = _fit_budget(plan, config, keep_all=named)
+        plan = fit_budget(plan, config, keep_all=named)
         small = _smallest(given, traces)
         output = base.output if traces.size is None or small is given else traces.size.output
         plan = plan.replace(eval_only=find_eval_only(backbone, plan, small))
@@ -283,45 +283,3 @@ def _named(patterns: Sequence[str], modules: Mapping[str, nn.Module], traces: Tr
         chosen.update({(site.role, site.name): site for site in found})
     order = {"level": 0, "layer": 1}
     return sorted(chosen.values(), key=lambda s: (order[s.role], traces.base.calls[s.name][0].end))
-
-
-def _fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> SitePlan:
-    """Choose the highest rank that fits, dropping the dearest layers where even rank 1 does not."""
-    with torch.device("meta"):
-        encoder = ConditionEncoder(config, plan.image_channels)
-    plan = plan.replace(encoder_parameters=sum(p.numel() for p in encoder.parameters()))
-    budget = config.budget or max(120_000, round(0.03 * plan.backbone_parameters))
-    ranks = [config.rank] if config.rank else range(config.max_rank, 0, -1)
-    sizes: dict[Site, int] = {}
-    for rank in ranks:
-        fitted = _with_rank(plan, config, rank, sizes)
-        if fitted.parameters <= budget or (config.rank and not config.budget):
-            return fitted
-    while not keep_all and fitted.parameters > budget and fitted.of("layer"):
-        dearest = max(fitted.of("layer"), key=lambda site: site.parameters)
-        fitted = fitted.replace(sites=tuple(s for s in fitted if s is not dearest))
-    if fitted.parameters > budget:
-        raise SiteError(
-            f"the smallest adapter for these sites has {fitted.parameters:,} parameters and the "
-            f"budget is {budget:,}; name fewer sites, or raise AdapterConfig(budget=...)"
-        )
-    return fitted
-
-
-def _with_rank(
-    plan: SitePlan, config: AdapterConfig, rank: int, sizes: dict[Site, int]
-) -> SitePlan:
-    return plan.replace(sites=tuple(_sized(site, config, rank, sizes) for site in plan))
-
-
-def _sized(site: Site, config: AdapterConfig, rank: int, sizes: dict[Site, int]) -> Site:
-    """Return ``site`` with its rank and size; ``sizes`` keeps those of sites that are alike."""
-    if site.role == "layer":
-        outputs, inputs = site.weight_shape[0], torch.Size(site.weight_shape[1:]).numel()
-        site = dataclasses.replace(site, rank=min(rank, outputs, inputs))
-    alike = dataclasses.replace(site, name="", reason="", stride=None, parameters=0)
-    if alike not in sizes:
-        with torch.device("meta"):
-            prompt = build_prompt(site, config)
-        sizes[alike] = sum(p.numel() for p in prompt.parameters())
-    return dataclasses.replace(site, parameters=sizes[alike])
