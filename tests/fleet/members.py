@@ -224,13 +224,9 @@ def _extra() -> dict[str, Member]:
     net = _of("spandrel_extra_arches", "spandrel_extra_arches.architectures.{}")
     color = net("DDColor", encoder_name="convnext-t", input_size=(64, 64), dec_layers=3)
     return {
-        "AdaCode": _with(
-            net("AdaCode", codebook_params=[[32, 32, 32]], gt_resolution=64), large=True
-        ),
+        "AdaCode": net("AdaCode", codebook_params=[[32, 32, 32]], gt_resolution=64),
         "DDColor": _with(color, build=_settled(color.build), size=64),
-        "FeMaSR": _with(
-            net("FeMaSR", codebook_params=[[32, 64, 32]], gt_resolution=64), large=True
-        ),
+        "FeMaSR": net("FeMaSR", codebook_params=[[32, 64, 32]], gt_resolution=64),
         "M3SNet": net("M3SNet", width=8, **LEVELS),
         "MIRNet2": net("MIRNet2", n_feat=16, n_MRB=1),
         "MPRNet": net("MPRNet", n_feat=16, scale_unetfeats=8, scale_orsnetfeats=8, num_cab=1),
