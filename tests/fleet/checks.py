@@ -24,7 +24,7 @@ class Voyage:
 
     Args:
         plan: its sites; None where it cannot be wrapped.
-        seconds: what wrapping took.
+        seconds: what wrapping took, of one core.
         failures: the traceback of each check that failed.
     """
 
@@ -141,17 +141,22 @@ CHECKS: dict[str, Callable[[Member, PerceiveModel], None]] = {
 }
 
 
+def timed(member: Member) -> tuple[PerceiveModel, float]:
+    """Wrap a new network, and say how many seconds of one core that took."""
+    net = member.net()
+    start = time.process_time()
+    model = wrap(net, perceiver=False, **member.wrap)
+    return model, time.process_time() - start
+
+
 def sail(member: Member) -> Voyage:
     """Send one network through every check, each going on where the one before ended."""
     voyage = Voyage()
-    net = member.net()
-    start = time.perf_counter()
     try:
-        model = wrap(net, perceiver=False, **member.wrap)
+        model, voyage.seconds = timed(member)
     except Exception:
         voyage.failures["wraps"] = traceback.format_exc()
         return voyage
-    voyage.seconds = time.perf_counter() - start
     voyage.plan = model.sites
     for name, check in CHECKS.items():
         try:

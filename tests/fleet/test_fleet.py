@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import pytest
 import spandrel
@@ -60,6 +61,11 @@ def test_sites_are_found_without_configuration(name: str) -> None:
 def test_it_goes_all_the_way(name: str, check: str) -> None:
     failures = voyage(name).failures
     assert check not in failures, failures[check]
+
+
+def test_the_table_has_every_network() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text().splitlines()
+    assert [name for name in MEMBERS if not any(x.startswith(f"| {name} |") for x in lines)] == []
 
 
 @pytest.mark.parametrize("name", ["IPT", "deepinv.DRUNet"])

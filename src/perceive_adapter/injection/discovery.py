@@ -37,8 +37,9 @@ def plan_sites(
 ) -> SitePlan:
     """Find where prompts can go into a backbone that nobody prepared, and change nothing.
 
-    Three dry runs, of which one has a larger batch and one another size, tell which module's
-    output is a feature map, on which axes, and which dense layers see the images of a batch.
+    Dry runs, of which one has another size, one two images, and one is in training mode, tell
+    which module's output is a feature map, on which axes, which dense layers see the images of a
+    batch, and which would not train.
 
     Args:
         backbone: network from degraded to restored image.
