@@ -81,10 +81,11 @@ def _last_line(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    """Return the first line of an error, and the one in which torch.compile tells the cause."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    told = [line for line in lines[1:] if line.startswith("Developer debug context")]
-    return " ".join([lines[0], *told])[:240]
+    """Return the first line of an error, or the one in which torch.compile tells the cause."""
+    prefix = NOR_BARE if text.startswith(NOR_BARE) else ""
+    lines = [line.strip() for line in text.removeprefix(prefix).splitlines() if line.strip()]
+    told = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug")]
+    return prefix + (told or lines)[0][:200]
 
 
 def full_size() -> float:

@@ -80,7 +80,10 @@ def test_a_network_that_asks_for_more_says_what_to_give(name: str) -> None:
 @pytest.mark.parametrize("name", ["CRAFT", "NAFNet", "OmniSR", "SPAN", "SwinIR"])
 def test_sites_depend_on_neither_the_weights_nor_the_size(name: str) -> None:
     member = MEMBERS[name]
-    expected = [dataclasses.astuple(site) for site in plan_sites(member.net())]
-    for seed, size in ((1, 64), (0, 96)):
-        found = plan_sites(member.net(seed), example=member.images(1, size))
-        assert [dataclasses.astuple(site) for site in found] == expected
+
+    def chosen(seed: int, size: int) -> list[object]:
+        plan = plan_sites(member.net(seed), example=member.images(1, size))
+        # A grid that ends at the border has no exact stride.
+        return [dataclasses.replace(site, stride=None) for site in plan]
+
+    assert chosen(0, 64) == chosen(1, 64) == chosen(0, 96)
