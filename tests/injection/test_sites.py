@@ -48,6 +48,8 @@ def names(found: SitePlan, role: Any) -> list[str]:
         ("isotropic", ["body.0", "body.1", "body.2", "body.3"]),
         ("swinir", ["layers.0", "layers.1", "conv_after_body"]),
         ("tokens", ["blocks.0", "blocks.1", "blocks.2", "out"]),
+        ("padded", ["middle", "dec2", "dec1"]),
+        ("cut_short", ["downs.2", "decoder.dec2", "decoder.dec1"]),
     ],
 )
 def test_levels_are_the_bottleneck_and_every_decoder_level(case: str, levels: list[str]) -> None:
@@ -62,8 +64,9 @@ def test_a_long_isotropic_body_has_eight_evenly_spaced_groups() -> None:
     assert {b - a for a, b in pairwise(numbers)} <= {2, 3}
 
 
-def test_levels_tell_channels_stride_and_reason() -> None:
-    levels = plan("u_shape").of("level")
+@pytest.mark.parametrize("case", ["u_shape", "padded"])
+def test_levels_tell_channels_stride_and_reason(case: str) -> None:
+    levels = plan(case).of("level")
     assert [(s.channels, s.stride) for s in levels] == [(32, 4), (16, 2), (8, 1)]
     assert [s.reason for s in levels] == ["bottleneck", "decoder level", "last features"]
 
@@ -186,6 +189,50 @@ def test_the_plan_survives_json() -> None:
 def test_a_frozen_zero_scale_is_reported() -> None:
     assert plan("zero_scale").blocked == ("hidden",)
     assert plan("isotropic").blocked == ()
+
+
+def test_a_network_that_draws_random_numbers_always_gets_the_same_plan() -> None:
+    plans = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        plans.append(plan_sites(zoo.Noisy()))
+    assert plans[0] == plans[1] == plans[2]
+    assert "body.0.a" in names(plans[0], "layer")
+
+
+# Other layers in training mode
+
+
+def test_the_module_that_leaves_sites_out_in_training_mode_is_held() -> None:
+    assert plan("reparametrized").eval_only == ("body.0", "body.1", "body.2")
+    assert "body.0.merged" in names(plan("reparametrized"), "layer")
+    assert plan("mixed").eval_only == plan("u_shape").eval_only == ()
+
+
+class Deploys(nn.Module):
+    """The network itself leaves a layer out, and gives something else, in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.last, self.aside = zoo.conv(3, 8), zoo.conv(8, 3), zoo.conv(8, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.drop(self.head(image))
+        return self.aside(x) if self.training else self.last(x)
+
+
+def test_only_the_flag_of_the_module_that_decides_is_held() -> None:
+    net = Deploys()
+    assert plan_sites(net).eval_only == ("",)
+    model = wrap(net, perceiver=False).train()
+    assert (model.backbone.training, model.backbone.drop.training) == (False, True)
+
+
+def test_a_network_that_overwrites_features_in_eval_mode_is_tried_in_training_mode() -> None:
+    found = plan_sites(zoo.WritesInEval().eval())
+    assert names(found, "layer") == ["head", "first", "mix", "last"]
+    assert names(plan("writes_features"), "layer") == ["last"]
 
 
 # Budget

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from wrapping import KINDS, PAIRS, moved, oracle, wrapped
-from zoo import CASES, Isotropic
+from zoo import CASES, REAL, Case, Isotropic, WritesInEval
 
 from perceive_adapter import BackboneError, PerceiveModel, PerceptionError, wrap
 
@@ -35,12 +35,16 @@ def _train(model: PerceiveModel, zoo: object, steps: int = 3) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("case", ["u_shape", "mixed", "normed", "tied", "swinir", "nafnet"])
+TRAINED = {name: CASES[name] for name in ("u_shape", "mixed", "normed", "tied", "reparametrized")}
+TRAINED |= REAL | {"writes_in_eval": Case(WritesInEval)}
+
+
+@pytest.mark.parametrize("case", TRAINED)
 def test_only_the_adapter_changes(case: str) -> None:
-    model = wrapped(case, trained=False)
+    model = wrapped(TRAINED[case], trained=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    _train(model, CASES[case])
+    _train(model, TRAINED[case])
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert changed == trainable
     assert {name.split(".")[0] for name in changed} == {"adapters"}
@@ -54,6 +58,25 @@ def test_train_leaves_statistics_alone_and_lets_dropout_drop() -> None:
     assert (model.training, norm.training, dropout.training) == (True, False, True)
     model.eval()
     assert not any(module.training for module in model.modules())
+
+
+def test_training_and_eval_mode_agree_where_layers_are_merged() -> None:
+    model = wrapped("reparametrized")
+    image = CASES["reparametrized"].images(2)
+    restored = model.train()(image)
+    assert torch.equal(restored, model.eval()(image))
+    assert not model.backbone.body[0].training
+
+
+def test_what_is_unfrozen_trains_in_training_mode() -> None:
+    model = wrapped("reparametrized")
+    model.unfreeze("body.0.*.weight")
+    before = {name: p.clone() for name, p in model.backbone.named_parameters()}
+    _train(model, CASES["reparametrized"])
+    after = dict(model.backbone.named_parameters())
+    changed = {name for name in after if not after[name].equal(before[name])}
+    assert {"body.0.wide.weight", "body.0.point.weight"} <= changed
+    assert [block.training for block in model.train().backbone.body] == [True, False, False]
 
 
 def test_unfrozen_parameters_train_and_others_do_not() -> None:

@@ -290,6 +290,102 @@ class WritesFeatures(nn.Module):
         return image + self.last(x)
 
 
+class WritesInEval(WritesFeatures):
+    """The same in eval mode only, as PLKSR does it: it trains in training mode only, also bare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix = conv(8, 8), conv(8, 8)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.mix(self.first(self.head(image)))
+        if self.training:
+            x = torch.cat([self.part(x[:, :4]), x[:, 4:]], 1)
+        else:
+            x[:, :4] = self.part(x[:, :4])
+        return image + self.last(x)
+
+
+class Merged(nn.Module):
+    """Two convolutions that are merged into one in eval mode, anew at every call, as in SPAN."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide, self.point = conv(width, width), conv(width, width, 1)
+        self.merged = conv(width, width)
+        self.merge()
+
+    def merge(self) -> None:
+        self.merged.weight.data = self.wide.weight.data + F.pad(self.point.weight.data, [1] * 4)
+        self.merged.bias.data = self.wide.bias.data + self.point.bias.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.wide(x) + self.point(x)
+        self.merge()
+        return self.merged(x)
+
+
+class Reparametrized(Isotropic):
+    """Its body runs other layers in training mode than in eval mode."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(Merged(width) for _ in range(3)))
+
+
+class Padded(UShape):
+    """Pads the image, and cuts what it gives, as waifu2x does."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        padded = F.pad(image, [12] * 4, "reflect")
+        return super().forward(padded)[..., 12:-12, 12:-12]
+
+
+class Decoder(nn.Module):
+    """Takes the features of every level as one list."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up2, self.dec2 = UShape._up(4 * width, True), Block(2 * width)
+        self.up1, self.dec1 = UShape._up(2 * width, True), Block(width)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        one, two, three = features
+        return self.dec1(self.up1(self.dec2(self.up2(three) + two)) + one)
+
+
+class CutShort(nn.Module):
+    """An encoder of which the deeper half is there and never runs, as a classifier's trunk."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.downs = nn.ModuleList(
+            nn.Conv2d(inputs, outputs, step, stride=step)
+            for inputs, outputs, step in ((3, width, 1), (width, 16, 2), (16, 4 * width, 2))
+        )
+        self.never = nn.Sequential(*(Block(32) for _ in range(6)))
+        self.decoder, self.ending = Decoder(width), conv(width, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = [image]
+        for down in self.downs:
+            features.append(down(features[-1]))
+        return image + self.ending(self.decoder(features[1:]))
+
+
+class Noisy(Isotropic):
+    """Adds noise to what it sees, at every call other noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blend = nn.Linear(3, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image + 0.5 * torch.randn_like(image)
+        return super().forward(self.blend(image.movedim(1, -1)).movedim(-1, 1))
+
+
 class ZeroScale(nn.Module):
     """A branch behind a scale that is zero, as in an untrained NAFNet."""
 
@@ -424,6 +520,9 @@ TOYS = {
     ),
     "writes_input": Case(WritesInput),
     "writes_features": Case(WritesFeatures),
+    "reparametrized": Case(Reparametrized),
+    "padded": Case(Padded),
+    "cut_short": Case(CutShort),
     "zero_scale": Case(ZeroScale),
     "multiple": Case(Multiple),
     "checkpointed": Case(Checkpointed),

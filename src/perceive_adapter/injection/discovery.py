@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import BackboneError, SiteError
-from perceive_adapter.injection.condition import ConditionEncoder
+from perceive_adapter.injection.budget import fit_budget
 from perceive_adapter.injection.globs import matching
 from perceive_adapter.injection.injector import check_backbone
 from perceive_adapter.injection.layouts import Traces, layer_layout, level_feature
 from perceive_adapter.injection.levels import choose_levels
+from perceive_adapter.injection.modes import find_eval_only
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
 from perceive_adapter.injection.probe import Example, Trace, check_image, image_in, quiet, trace
-from perceive_adapter.injection.prompts import build_prompt, is_dense, weight_shape
+from perceive_adapter.injection.prompts import is_dense, weight_shape
 from perceive_adapter.injection.verify import verified
 
 __all__ = ["plan_sites"]
@@ -36,8 +37,9 @@ def plan_sites(
 ) -> SitePlan:
     """Find where prompts can go into a backbone that nobody prepared, and change nothing.
 
-    Three dry runs, of which one has a larger batch and one another size, tell which module's
-    output is a feature map, on which axes, and which dense layers see the images of a batch.
+    Dry runs, of which one has another size, one two images, and one is in training mode, tell
+    which module's output is a feature map, on which axes, which dense layers see the images of a
+    batch, and which would not train.
 
     Args:
         backbone: network from degraded to restored image.
@@ -74,8 +76,11 @@ def plan_sites(
             backbone_parameters=sum(p.numel() for p in backbone.parameters()),
         )
         named = sites is not None
-        plan = _fit_budget(plan, config, keep_all=named)
-        return verified(backbone, plan, config, given, base.output, named=named)
+        plan = fit_budget(plan, config, keep_all=named)
+        small = _smallest(given, traces)
+        output = base.output if traces.size is None or small is given else traces.size.output
+        plan = plan.replace(eval_only=find_eval_only(backbone, plan, small))
+        return verified(backbone, plan, config, small, output, named=named)
 
 
 def _find(
@@ -153,22 +158,47 @@ def _traced(backbone: nn.Module, example: Example) -> Trace:
 
 
 def _traces(backbone: nn.Module, example: Example, base: Trace) -> tuple[Traces, float]:
-    """Add a doubled batch and another size to the base case; the backbone may refuse them."""
+    """Add another size and a doubled batch to the base case; the backbone may refuse them."""
     image = example.image
     if image.shape[0] != 1:
         raise BackboneError(f"the example's image has batch {image.shape[0]}; give a batch of one")
     restored = image_in(base.output, 1)
     height, width = image.shape[2:]
-    batch = _try_trace(backbone, example.doubled(), fingerprints=True)
-    size = _try_trace(backbone, example.resized(height // 2, width // 2), fingerprints=False)
-    if size is None:
-        size = _try_trace(backbone, example.resized(2 * height, 2 * width), fingerprints=False)
-    return Traces(base, batch, size, (height, width)), restored.shape[-1] / width
+    for other in ((height // 2, width // 2), (2 * height, 2 * width)):
+        size = _try_trace(backbone, example.resized(*other))
+        if size is not None:
+            break
+    traces = Traces(base, size, base, None, (height, width), other)
+    small = _smallest(example, traces)
+    if size is not None and small is not example and not _folds_windows(base):
+        example, traces = small, dataclasses.replace(traces, single=size)
+    batch = _try_trace(backbone, example.doubled())
+    return dataclasses.replace(traces, batch=batch), restored.shape[-1] / width
 
 
-def _try_trace(backbone: nn.Module, example: Example, *, fingerprints: bool) -> Trace | None:
+def _folds_windows(base: Trace) -> bool:
+    """Tell whether any module sees more rows than the one image: windows, or tokens first.
+
+    Their order is told at the full size only, where there is more than one of them.
+    """
+    calls = (call for calls in base.calls.values() for call in calls)
+    return any(call.input_shape is not None and call.input_shape[:1] != (1,) for call in calls)
+
+
+def _smallest(example: Example, traces: Traces) -> Example:
+    """Return the example at the smallest size that is known to work.
+
+    As it is where it has other tensors too: a part of a mask may mask nothing.
+    """
+    values = (*example.args, *example.kwargs.values())
+    alone = sum(isinstance(value, Tensor) for value in values) == 1
+    fits = traces.size is not None and traces.other_size < traces.image_size
+    return example.resized(*traces.other_size) if alone and fits else example
+
+
+def _try_trace(backbone: nn.Module, example: Example) -> Trace | None:
     try:
-        return trace(backbone, example, fingerprints=fingerprints)
+        return trace(backbone, example)
     except Exception:  # whatever a network raises for a size that it was not made for
         return None
 
@@ -254,38 +284,3 @@ def _named(patterns: Sequence[str], modules: Mapping[str, nn.Module], traces: Tr
         chosen.update({(site.role, site.name): site for site in found})
     order = {"level": 0, "layer": 1}
     return sorted(chosen.values(), key=lambda s: (order[s.role], traces.base.calls[s.name][0].end))
-
-
-def _fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> SitePlan:
-    """Choose the highest rank that fits, dropping the dearest layers where even rank 1 does not."""
-    with torch.device("meta"):
-        encoder = ConditionEncoder(config, plan.image_channels)
-    plan = plan.replace(encoder_parameters=sum(p.numel() for p in encoder.parameters()))
-    budget = config.budget or max(120_000, round(0.03 * plan.backbone_parameters))
-    ranks = [config.rank] if config.rank else range(config.max_rank, 0, -1)
-    for rank in ranks:
-        fitted = _with_rank(plan, config, rank)
-        if fitted.parameters <= budget or (config.rank and not config.budget):
-            return fitted
-    while not keep_all and fitted.parameters > budget and fitted.of("layer"):
-        dearest = max(fitted.of("layer"), key=lambda site: site.parameters)
-        fitted = fitted.replace(sites=tuple(s for s in fitted if s is not dearest))
-    if fitted.parameters > budget:
-        raise SiteError(
-            f"the smallest adapter for these sites has {fitted.parameters:,} parameters and the "
-            f"budget is {budget:,}; name fewer sites, or raise AdapterConfig(budget=...)"
-        )
-    return fitted
-
-
-def _with_rank(plan: SitePlan, config: AdapterConfig, rank: int) -> SitePlan:
-    return plan.replace(sites=tuple(_sized(site, config, rank) for site in plan))
-
-
-def _sized(site: Site, config: AdapterConfig, rank: int) -> Site:
-    if site.role == "layer":
-        outputs, inputs = site.weight_shape[0], torch.Size(site.weight_shape[1:]).numel()
-        site = dataclasses.replace(site, rank=min(rank, outputs, inputs))
-    with torch.device("meta"):
-        prompt = build_prompt(site, config)
-    return dataclasses.replace(site, parameters=sum(p.numel() for p in prompt.parameters()))

@@ -21,7 +21,8 @@ def folded_weights(injector: PromptInjector, condition: Tensor) -> Iterator[None
     The layers hold other tensors inside the context and the user's own parameter objects, never
     written to, afterwards, also after an exception. A layer is swapped by its module, so layers
     that share one weight each get their own. Prompt modules that cannot fold, and layers whose
-    weight is not a plain parameter (parametrized, quantised), run by their hooks.
+    weight is not a plain parameter (parametrized, quantised) or is set anew by the network itself,
+    run by their hooks.
 
     Args:
         injector: attached, and armed with ``condition`` for what does not fold; the caller sees
@@ -38,10 +39,10 @@ def folded_weights(injector: PromptInjector, condition: Tensor) -> Iterator[None
             with torch.no_grad():
                 weight = prompt.prompt.folded(original, prompt.at_depth(condition))
             module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-            prompt.folded = True
+            prompt.folded_at = weight.data_ptr()
             swapped.append((module, prompt, original))
         yield
     finally:
         for module, prompt, original in swapped:
             module._parameters["weight"] = original
-            prompt.folded = False
+            prompt.folded_at = None

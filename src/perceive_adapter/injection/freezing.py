@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from perceive_adapter.errors import SiteError
 from perceive_adapter.injection.globs import matching
 
-__all__ = ["FrozenBackbone"]
+__all__ = ["FrozenBackbone", "hold_in_eval"]
 
 
 class FrozenBackbone:
@@ -26,12 +26,6 @@ class FrozenBackbone:
         self.required = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self.originals: dict[str, Tensor] = {}
         backbone.requires_grad_(False)
-
-    def hold_statistics(self) -> None:
-        """Keep modules that update statistics while training in eval mode."""
-        for module in self.backbone.modules():
-            if _updates_statistics(module):
-                module.eval()
 
     def unfreeze(self, patterns: Iterable[str]) -> list[str]:
         """Let the parameters that match train; their present values come back on release.
@@ -74,6 +68,22 @@ class FrozenBackbone:
         for name, module in self.backbone.named_modules():
             module.training = self.modes[name]
         return self.backbone
+
+
+def hold_in_eval(backbone: nn.Module, eval_only: Iterable[str]) -> None:
+    """Keep frozen modules in eval mode that would update statistics, or run other layers.
+
+    Args:
+        backbone: in training mode.
+        eval_only: names of modules, see :class:`~.plan.SitePlan`. Those of which something trains
+            are left in training mode.
+    """
+    names = set(eval_only)
+    for name, module in backbone.named_modules():
+        if _updates_statistics(module):
+            module.eval()
+        elif name in names and not any(p.requires_grad for p in module.parameters()):
+            module.training = False
 
 
 def _updates_statistics(module: nn.Module) -> bool:

@@ -40,15 +40,20 @@ class PromptSite(nn.Module):
         self.state = state
         self.depth = depth
         self.foldable = isinstance(self.prompt, Foldable)
-        self.folded = False
+        self.folded_at: int | None = None
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: give the module's output, changed by the prompt."""
-        if not self.state.enabled or self.folded:
+        if not self.state.enabled or self._is_folded(module):
             return None
         source = args[0] if args else output
         changed: Tensor = self.prompt(output, self.condition(), source)
         return changed
+
+    def _is_folded(self, module: nn.Module) -> bool:
+        """Whether the layer ran with the folded weight, which some networks put another over."""
+        weight = module._parameters.get("weight") if self.folded_at is not None else None
+        return weight is not None and weight.data_ptr() == self.folded_at
 
     def condition(self) -> Tensor:
         """Return what this site sees of the condition, (B, C + 1): the vector of its depth."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +17,23 @@ MIN_CHANNELS = 5
 
 @dataclass(frozen=True)
 class Traces:
-    """Dry runs of one backbone that differ in one thing each; None where it refused the input."""
+    """Dry runs of one backbone that differ in one thing each; None where it refused the input.
+
+    Args:
+        base: on the example.
+        size: on an image of ``other_size``.
+        single: the one of these two that ``batch`` compares with.
+        batch: on two images.
+        image_size: height and width of the example.
+        other_size: height and width that ``size`` was tried with.
+    """
 
     base: Trace
-    batch: Trace | None
     size: Trace | None
+    single: Trace
+    batch: Trace | None
     image_size: tuple[int, int]
+    other_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,13 @@ def level_feature(name: str, traces: Traces) -> Feature | str:
         return "its output is not a single tensor"
     if len(shape) not in (3, 4) or shape[0] != 1:
         return f"its output {shape} is no feature map"
-    if (sizes := _shape(traces.size, name)) is None and len(shape) == 4:
+    other = _only_call(traces.size, name)
+    if other is None and len(shape) == 4:
         return _guess_feature(shape, calls[0], traces)
+    sizes = other.output_shape if other is not None else None
     if sizes is None or len(sizes) != len(shape):
         return f"the layout of its output {shape} cannot be told"
-    if (batch := _shape(traces.batch, name)) is not None and batch != (2, *shape[1:]):
+    if not _keeps_batch(name, traces):
         return f"its output {shape} does not have the batch as its first axis"
     spatial = [i for i in range(1, len(shape)) if shape[i] != sizes[i]]
     channel = [i for i in range(1, len(shape)) if i not in spatial]
@@ -61,7 +73,15 @@ def level_feature(name: str, traces: Traces) -> Feature | str:
     axis = 1 if channel == [1] else -1
     if axis == -1 and channel != [len(shape) - 1]:
         return f"its output {shape} has its channels neither first nor last"
-    return _feature(shape, axis, calls[0], traces.image_size)
+    return _feature(shape, axis, calls[0], traces, other)
+
+
+def _keeps_batch(name: str, traces: Traces) -> bool:
+    """Tell whether twice the images give twice the output, as far as that could be tried."""
+    one, two = _only_call(traces.single, name), _only_call(traces.batch, name)
+    if one is None or two is None or one.output_shape is None:
+        return True
+    return two.output_shape == (2, *one.output_shape[1:])
 
 
 def _guess_feature(shape: tuple[int, ...], call: Call, traces: Traces) -> Feature | str:
@@ -71,26 +91,44 @@ def _guess_feature(shape: tuple[int, ...], call: Call, traces: Traces) -> Featur
     last = shape[1] * width == shape[2] * height and shape[1] <= height
     if first == last:
         return f"the layout of its output {shape} is ambiguous, NCHW or NHWC"
-    return _feature(shape, 1 if first else -1, call, traces.image_size)
+    return _feature(shape, 1 if first else -1, call, traces, None)
 
 
 def _feature(
-    shape: tuple[int, ...], axis: int, call: Call, image_size: tuple[int, int]
+    shape: tuple[int, ...], axis: int, call: Call, traces: Traces, other: Call | None
 ) -> Feature | str:
     channels = shape[axis]
     if channels < MIN_CHANNELS:
         return f"its output {shape} is an image, not features"
-    stride = _stride(shape, channels, image_size)
+    stride = _stride(shape, other.output_shape if other else None, axis, traces)
     inputs = call.input_shape
     known = inputs is not None and len(inputs) == len(shape) and inputs[0] == 1
-    before = _stride(inputs, inputs[axis], image_size) if known and inputs is not None else stride
+    if not known:
+        return Feature(Layout(0, axis), channels, stride, stride)
+    before = _stride(inputs, other.input_shape if other else None, axis, traces)
     return Feature(Layout(0, axis), channels, stride, before)
 
 
-def _stride(shape: Sequence[int], channels: int, image_size: tuple[int, int]) -> float:
-    positions = torch.Size(shape).numel() / channels
-    ratio = float((image_size[0] * image_size[1] / max(positions, 1)) ** 0.5)
-    return round(ratio, 3)
+def _stride(
+    shape: tuple[int, ...] | None, other: tuple[int, ...] | None, axis: int, traces: Traces
+) -> float:
+    """Return the input pixels per position.
+
+    Networks that pad the image, or do not pad before a convolution, have some positions more or
+    less than that says: there it is the growth from one image size to the other that counts.
+    """
+    whole, side = _side(traces.image_size), _side(shape, axis)
+    ratio = whole / side
+    if other is None or abs(max(ratio, 1 / ratio) % 1 - 0.5) > 0.49:  # nearly an integer
+        return round(ratio, 3)
+    grown = side - _side(other, axis)
+    return round((whole - _side(traces.other_size)) / grown if grown else ratio, 3)
+
+
+def _side(shape: tuple[int, ...] | None, axis: int | None = None) -> float:
+    """Return the side of a square of as many positions."""
+    positions = torch.Size(shape or ()).numel() / (shape[axis] if shape and axis is not None else 1)
+    return float(max(positions, 1) ** 0.5)
 
 
 def layer_layout(name: str, module: nn.Module, traces: Traces) -> Layout | str:
@@ -105,10 +143,10 @@ def layer_layout(name: str, module: nn.Module, traces: Traces) -> Layout | str:
     axis = -1 if isinstance(module, nn.Linear) else 1
     if traces.batch is None:
         return Layout(0, axis)
-    doubled = traces.batch.calls.get(name, [])
-    if len(doubled) != len(calls):
+    single, doubled = traces.single.calls.get(name, []), traces.batch.calls.get(name, [])
+    if len(doubled) != len(single):
         return "it runs more often for a larger batch"
-    found = {_batch_axis(one, two, axis) for one, two in zip(calls, doubled, strict=True)}
+    found = {_batch_axis(one, two, axis) for one, two in zip(single, doubled, strict=True)}
     if len(found) > 1:
         return "its calls differ in where they have the batch"
     return found.pop()
@@ -126,7 +164,7 @@ def _batch_axis(one: Call, two: Call, axis: int) -> Layout | str:
     rows, both = one.rows, two.rows
     if rows is None or both is None:
         return "its input has one dimension only"
-    if _alike(both[: len(rows)], rows):
+    if len(rows) == 1 or _alike(both[: len(rows)], rows):
         return Layout(0, axis)
     if _alike(both[::2], rows):
         return Layout(0, axis, "minor")
@@ -138,6 +176,6 @@ def _alike(left: Tensor, right: Tensor) -> bool:
     return bool(torch.allclose(left, right, rtol=1e-2, atol=1e-2 * scale))
 
 
-def _shape(trace: Trace | None, name: str) -> tuple[int, ...] | None:
+def _only_call(trace: Trace | None, name: str) -> Call | None:
     calls = trace.calls.get(name, []) if trace is not None else []
-    return calls[0].output_shape if len(calls) == 1 else None
+    return calls[0] if len(calls) == 1 else None

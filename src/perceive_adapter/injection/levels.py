@@ -15,6 +15,7 @@ __all__ = ["Stage", "choose_levels"]
 
 MAX_GROUPS = 8
 FEW = 3
+CLEARLY = 1.25  # strides of networks that pad to whole windows are not exact
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def choose_levels(backbone: nn.Module, traces: Traces) -> list[tuple[Stage, str]
     chosen: dict[str, tuple[Stage, str]] = {}
     deepest = max(stage.feature.stride for stage in stages)
     for stage, following in pairwise(stages):
-        if following.feature.stride < stage.feature.stride:
+        if CLEARLY * following.feature.stride < stage.feature.stride:
             bottom = stage.feature.stride == deepest
             chosen[stage.name] = (stage, "bottleneck" if bottom else "decoder level")
     last = stages[-2] if _gives_image(stages[-1], traces) and len(stages) > 1 else stages[-1]
@@ -73,7 +74,8 @@ def _groups(stages: list[Stage]) -> list[Stage]:
 def _spine(backbone: nn.Module, traces: Traces) -> list[Stage]:
     """Cut the forward pass into stages that follow each other, each one feature map."""
     modules = dict(backbone.named_modules())
-    total = sum(is_dense(module) for module in modules.values()) or 1
+    ran = {name for name, m in modules.items() if is_dense(m) and traces.base.calls.get(name)}
+    total = len(ran) or 1
     stages: list[Stage] = []
 
     def walk(name: str) -> None:
@@ -82,8 +84,9 @@ def _spine(backbone: nn.Module, traces: Traces) -> list[Stage]:
         children = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
         children = [child for child in children if child in modules]
         feature = level_feature(name, traces) if name else "the root"
-        dense = sum(is_dense(m) for m in module.modules())
-        fires_below = any(traces.base.calls.get(n) for n in _below(name, modules))
+        below = _below(name, modules)
+        dense = len(ran.intersection((name, *below)))
+        fires_below = any(traces.base.calls.get(n) for n in below)
         if fires_below and (
             isinstance(feature, str)
             or 2 * dense > total
@@ -94,7 +97,7 @@ def _spine(backbone: nn.Module, traces: Traces) -> list[Stage]:
                 walk(child)
             if len(stages) > before or isinstance(feature, str):
                 return
-        if not isinstance(feature, str) and feature.stride >= 1:
+        if not isinstance(feature, str) and CLEARLY * feature.stride > 1:
             stages.append(Stage(name, feature, type(module).__name__, dense, calls[0].end))
 
     walk("")

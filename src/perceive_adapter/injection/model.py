@@ -21,7 +21,7 @@ from perceive_adapter.errors import (
 from perceive_adapter.injection.adapters import AdapterSet
 from perceive_adapter.injection.checkpoint import push_adapter, read_beside, save_adapter
 from perceive_adapter.injection.folding import folded_weights
-from perceive_adapter.injection.freezing import FrozenBackbone
+from perceive_adapter.injection.freezing import FrozenBackbone, hold_in_eval
 from perceive_adapter.injection.injector import PromptInjector
 from perceive_adapter.injection.perception import Perception, ValueRange
 from perceive_adapter.injection.plan import SitePlan
@@ -85,7 +85,7 @@ class PerceiveModel(nn.Module):
                 tower.requires_grad_(False).eval()
         self.training = backbone.training  # not train(), which would undo an eval() of its parts
         self.adapters.train(backbone.training)
-        self.frozen.hold_statistics()
+        hold_in_eval(backbone, self.sites.eval_only)
 
     # Running
 
@@ -337,12 +337,15 @@ class PerceiveModel(nn.Module):
         self.injector.treat(columns or None)
 
     def train(self, mode: bool = True) -> PerceiveModel:
-        """Set training mode; normalisation statistics and frozen towers stay as they are."""
+        """Set training mode; normalisation statistics and frozen towers stay as they are.
+
+        So do the modules of ``sites.eval_only``.
+        """
         super().train(mode)
         for tower in (self.perceiver, self.semantic):
             if tower is not None:
                 tower.eval()
-        self.frozen.hold_statistics()
+        hold_in_eval(self.backbone, self.sites.eval_only)
         return self
 
     # Adapters

@@ -142,6 +142,8 @@ class SitePlan:
         encoder_parameters: parameters of the condition encoder that all sites share.
         blocked: sites of which no gradient came back in the dry run: a frozen zero scale of the
             backbone (an untrained NAFNet's beta and gamma) hides them from the output.
+        eval_only: modules that stay in eval mode when the model trains, since in training mode
+            they run other layers than these sites; "" is the backbone itself.
 
     Raises:
         ConfigError: a size or the scale cannot be, or a site is named twice.
@@ -154,6 +156,7 @@ class SitePlan:
     backbone_parameters: int
     encoder_parameters: int = 0
     blocked: tuple[str, ...] = ()
+    eval_only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         sides = self.probe_size

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import BackboneError, SiteError
 from perceive_adapter.injection.injector import PromptInjector
+from perceive_adapter.injection.modes import training_mode
 from perceive_adapter.injection.plan import Site, SitePlan
 from perceive_adapter.injection.probe import Example, image_in
 
@@ -30,7 +31,8 @@ def verified(
     """Attach prompts, compare the output, run a backward pass, and take them off again.
 
     Sites that break the backward pass (their features are changed in place) or that the output
-    does not depend on are dropped; those behind a frozen zero scale are noted in ``blocked``.
+    does not depend on are dropped; those behind a frozen zero scale are noted in ``blocked``. A
+    network that changes features in place in eval mode alone is tried in training mode.
 
     Args:
         backbone: inside :func:`~.probe.quiet`.
@@ -46,6 +48,11 @@ def verified(
     """
     _check_identity(backbone, plan, config, example, image_in(output, 1))
     gradients, failure = _working(backbone, plan, config, example, plan.sites)
+    if failure is not None:
+        with training_mode(backbone, plan.eval_only):
+            trained, problem = _working(backbone, plan, config, example, plan.sites)
+        if _count(trained) > _count(gradients):
+            gradients, failure = trained, problem
     usable = [site for site in plan if gradients.get(site) is not None]
     if lost := [site.name for site in plan if site not in usable]:
         why = failure or "the output does not depend on them"
@@ -95,6 +102,10 @@ def _working(
         for half in (sites[:middle], sites[middle:]):
             found |= _working(backbone, plan, config, example, half)[0]
         return found, error
+
+
+def _count(gradients: dict[Site, bool | None]) -> int:
+    return sum(gradient is not None for gradient in gradients.values())
 
 
 def _gradients(
