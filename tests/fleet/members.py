@@ -19,8 +19,16 @@ from torch import Tensor, nn
 Build = Callable[[], nn.Module]
 
 
-def _first_image(output: Any) -> Tensor:
+def first_image(output: Any) -> Tensor:
+    """The restored image in what a network gives."""
     return next(tensor for tensor in _tensors(output) if tensor.ndim == 4)
+
+
+def seeded(run: Callable[..., Any], *inputs: Tensor) -> Tensor:
+    """Run on copies; a network that draws random numbers draws the same ones every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return first_image(run(*(value.clone() for value in inputs)))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -78,10 +86,8 @@ class Member:
         return torch.rand(batch or self.batch, self.channels, side, side, generator=generator)
 
     def run(self, net: Callable[..., Any], image: Tensor) -> Tensor:
-        """Restore a copy of the image; networks that draw random numbers draw the same ones."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return _first_image(self.call(net, image.clone()))
+        """Restore a copy of the image."""
+        return seeded(lambda copy: self.call(net, copy), image)
 
 
 def _of(package: str, modules: str = "{}", **options: Any) -> Callable[..., Member]:

@@ -48,7 +48,7 @@ def test_weights_are_swapped_inside_and_put_back_after_an_exception() -> None:
     with pytest.raises(RuntimeError, match="inside"):
         swap_and_fail()
     assert all(now.weight is was for now, was in zip(layers, before, strict=True))
-    assert not any(prompt.folded_at for prompt in model.injector.prompt_sites)
+    assert not any(prompt.folded for prompt in model.injector.prompt_sites)
     assert model.backbone.body[0].a.weight is model.backbone.body[1].a.weight
 
 
@@ -71,7 +71,7 @@ def test_tied_layers_get_a_weight_each() -> None:
 def test_computed_weights_run_unfolded() -> None:
     model = wrapped("normed")
     with model.fold(oracle(1)):
-        unfolded = {p.site.name for p in model.injector.prompt_sites if p.folded_at is None}
+        unfolded = {p.site.name for p in model.injector.prompt_sites if not p.folded}
     assert unfolded >= {f"body.{i}.a" for i in range(4)}
 
 
@@ -168,3 +168,11 @@ def test_disabling_in_one_thread_waits_for_passes_in_others() -> None:
         leave.set()
         thread.join()
     assert torch.equal(actual, expected)
+
+
+def test_a_compiled_model_runs_inside_a_fold() -> None:
+    model, image = wrapped("isotropic"), CASES["isotropic"].images(2)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for seed in range(3):
+        with model.fold(oracle(1, seed)):
+            assert relative(compiled(image), model(image)) < ROUNDING

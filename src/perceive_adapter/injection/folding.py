@@ -39,10 +39,10 @@ def folded_weights(injector: PromptInjector, condition: Tensor) -> Iterator[None
             with torch.no_grad():
                 weight = prompt.prompt.folded(original, prompt.at_depth(condition))
             module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-            prompt.folded_at = weight.data_ptr()
+            prompt.folded, prompt.folded_at = True, weight.data_ptr()
             swapped.append((module, prompt, original))
         yield
     finally:
         for module, prompt, original in swapped:
             module._parameters["weight"] = original
-            prompt.folded_at = None
+            prompt.folded = False

@@ -40,7 +40,8 @@ class PromptSite(nn.Module):
         self.state = state
         self.depth = depth
         self.foldable = isinstance(self.prompt, Foldable)
-        self.folded_at: int | None = None
+        self.folded = False
+        self.folded_at = 0
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: give the module's output, changed by the prompt."""
@@ -52,7 +53,9 @@ class PromptSite(nn.Module):
 
     def _is_folded(self, module: nn.Module) -> bool:
         """Whether the layer ran with the folded weight, which some networks put another over."""
-        weight = module._parameters.get("weight") if self.folded_at is not None else None
+        if not self.folded or torch.compiler.is_compiling():
+            return self.folded
+        weight = module._parameters.get("weight")
         return weight is not None and weight.data_ptr() == self.folded_at
 
     def condition(self) -> Tensor:
