@@ -19,8 +19,8 @@ ROUNDING = 1e-4
 
 
 @dataclass
-class Voyage:
-    """How far one network came.
+class Outcome:
+    """What came of one network.
 
     Args:
         plan: its sites; None where it cannot be wrapped.
@@ -149,18 +149,18 @@ def timed(member: Member) -> tuple[PerceiveModel, float]:
     return model, time.process_time() - start
 
 
-def sail(member: Member) -> Voyage:
+def run_checks(member: Member) -> Outcome:
     """Send one network through every check, each going on where the one before ended."""
-    voyage = Voyage()
+    outcome = Outcome()
     try:
-        model, voyage.seconds = timed(member)
+        model, outcome.seconds = timed(member)
     except Exception:
-        voyage.failures["wraps"] = traceback.format_exc()
-        return voyage
-    voyage.plan = model.sites
+        outcome.failures["wraps"] = traceback.format_exc()
+        return outcome
+    outcome.plan = model.sites
     for name, check in CHECKS.items():
         try:
             check(member, model)
         except Exception:
-            voyage.failures[name] = traceback.format_exc()
-    return voyage
+            outcome.failures[name] = traceback.format_exc()
+    return outcome

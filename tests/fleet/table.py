@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks import CHECKS, sail, timed
+from checks import CHECKS, run_checks, timed
 from compiling import Unsupported, check
 from members import LARGE, LEFT_OUT, MEMBERS, Member
 
@@ -48,11 +48,11 @@ Row = dict[str, Any]
 
 def examine(member: Member) -> Row:
     """Run every check on one member; a check is True, or why not."""
-    voyage = sail(member)
-    row: Row = {"date": datetime.date.today().isoformat(), "seconds": round(voyage.seconds, 2)}
-    if voyage.plan is None:
-        return row | {"wraps": _last_line(voyage.failures["wraps"])}
-    plan = voyage.plan
+    outcome = run_checks(member)
+    row: Row = {"date": datetime.date.today().isoformat(), "seconds": round(outcome.seconds, 2)}
+    if outcome.plan is None:
+        return row | {"wraps": _last_line(outcome.failures["wraps"])}
+    plan = outcome.plan
     row |= {
         "levels": len(plan.of("level")),
         "layers": len(plan.of("layer")),
@@ -60,7 +60,7 @@ def examine(member: Member) -> Row:
         "trainable": plan.parameters,
     }
     for name in CHECKS:
-        row[name] = _last_line(voyage.failures[name]) if name in voyage.failures else True
+        row[name] = _last_line(outcome.failures[name]) if name in outcome.failures else True
     for name in COMPILING:
         row[name] = _outcome(member, name)
     return row

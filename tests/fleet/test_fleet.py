@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import spandrel
 import spandrel_extra_arches
-from checks import CHECKS, Voyage, sail
+from checks import CHECKS, Outcome, run_checks
 from members import LARGE, LEFT_OUT, MEMBERS
 
 from perceive_adapter import BackboneError, plan_sites, wrap
@@ -20,10 +20,10 @@ FLEET = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name f
 
 
 @functools.cache
-def voyage(name: str) -> Voyage:
+def outcome(name: str) -> Outcome:
     if not MEMBERS[name].installed:
         pytest.skip(f"{MEMBERS[name].package} is not installed")
-    return sail(MEMBERS[name])
+    return run_checks(MEMBERS[name])
 
 
 def architectures(package: str) -> set[str]:
@@ -47,7 +47,7 @@ def test_what_is_left_out_exists() -> None:
 
 @pytest.mark.parametrize("name", FLEET)
 def test_sites_are_found_without_configuration(name: str) -> None:
-    found = voyage(name)
+    found = outcome(name)
     assert found.failures.get("wraps") is None, found.failures["wraps"]
     plan = found.plan
     assert plan is not None
@@ -59,7 +59,7 @@ def test_sites_are_found_without_configuration(name: str) -> None:
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", FLEET)
 def test_it_goes_all_the_way(name: str, check: str) -> None:
-    failures = voyage(name).failures
+    failures = outcome(name).failures
     assert check not in failures, failures[check]
 
 
