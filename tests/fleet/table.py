@@ -13,6 +13,7 @@ import datetime
 import json
 import logging
 import platform
+import re
 import time
 import warnings
 from importlib import metadata
@@ -85,7 +86,7 @@ def _short(text: str) -> str:
     prefix = NOR_BARE if text.startswith(NOR_BARE) else ""
     lines = [line.strip() for line in text.removeprefix(prefix).splitlines() if line.strip()]
     told = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug")]
-    return prefix + (told or lines)[0][:200]
+    return prefix + re.sub(r"/\S*/site-packages/", "", (told or lines)[0])[:200]
 
 
 def full_size() -> float:
@@ -113,9 +114,10 @@ def write(rows: dict[str, Row], restormer: float) -> str:
         [
             "# The fleet",
             "",
-            "Every restoration architecture of spandrel and spandrel_extra_arches, and networks of",
-            "other packages, unmodified, small, with random weights. Written by",
-            "`python tests/fleet/table.py` from the checks that `tests/fleet` runs.",
+            "The restoration architectures of spandrel and spandrel_extra_arches, all but the",
+            f"{len(left)} at the end, and networks of other packages, unmodified, small, with",
+            "random weights. Written by `python tests/fleet/table.py` from the checks that",
+            "`tests/fleet` runs.",
             "",
             f"{_versions(rows)}",
             "",
@@ -188,6 +190,8 @@ def main() -> None:
     if options.seconds:
         for name, row in rows.items():
             row["seconds"] = round(timed(MEMBERS[name])[1], 2)
+        lines = [json.dumps([name, row]) + "\n" for name, row in rows.items()]
+        options.results.write_text("".join(lines))
     DOC.write_text(write(rows, full_size()))
 
 
