@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,11 +46,12 @@ def verified(
         SiteError: no site works, or one that the user named does not.
         BackboneError: hooks alone change the output.
     """
-    _check_identity(backbone, plan, config, example, image_in(output, 1))
-    gradients, failure = _working(backbone, plan, config, example, plan.sites)
+    injector = PromptInjector(plan, config).to(example.image.device)
+    _check_identity(backbone, injector, example, image_in(output, 1))
+    gradients, failure = _working(backbone, injector, example)
     if failure is not None:
         with training_mode(backbone, plan.eval_only):
-            trained, problem = _working(backbone, plan, config, example, plan.sites)
+            trained, problem = _working(backbone, injector, example)
         if _count(trained) > _count(gradients):
             gradients, failure = trained, problem
     usable = [site for site in plan if gradients.get(site) is not None]
@@ -66,9 +67,8 @@ def verified(
 
 
 def _check_identity(
-    backbone: nn.Module, plan: SitePlan, config: AdapterConfig, example: Example, bare: Tensor
+    backbone: nn.Module, injector: PromptInjector, example: Example, bare: Tensor
 ) -> None:
-    injector = PromptInjector(plan, config).to(bare.device)
     with torch.no_grad(), _attached(injector, backbone):
         wrapped = _restored(backbone, example)
     if torch.equal(bare, wrapped):
@@ -84,23 +84,19 @@ def _check_identity(
 
 
 def _working(
-    backbone: nn.Module,
-    plan: SitePlan,
-    config: AdapterConfig,
-    example: Example,
-    sites: Sequence[Site],
+    backbone: nn.Module, injector: PromptInjector, example: Example
 ) -> tuple[dict[Site, bool | None], Exception | None]:
     """Return which sites get a gradient, halving the set for as long as the backward fails."""
-    part = plan.replace(sites=tuple(sites))
     try:
-        return _gradients(backbone, part, config, example), None
+        return _gradients(backbone, injector, example), None
     except Exception as error:  # of autograd, or of a backbone's own backward
-        if len(sites) == 1:
+        plan, middle = injector.plan, len(injector.plan) // 2
+        if not middle:
             return {}, error
-        middle = len(sites) // 2
         found: dict[Site, bool | None] = {}
-        for half in (sites[:middle], sites[middle:]):
-            found |= _working(backbone, plan, config, example, half)[0]
+        for half in (plan.sites[:middle], plan.sites[middle:]):
+            part = PromptInjector(plan.replace(sites=half), injector.config)
+            found |= _working(backbone, part.to(example.image.device), example)[0]
         return found, error
 
 
@@ -109,16 +105,15 @@ def _count(gradients: dict[Site, bool | None]) -> int:
 
 
 def _gradients(
-    backbone: nn.Module, plan: SitePlan, config: AdapterConfig, example: Example
+    backbone: nn.Module, injector: PromptInjector, example: Example
 ) -> dict[Site, bool | None]:
     """Run one backward pass; per site True, False for a gradient of zero, None for no graph."""
-    injector = PromptInjector(plan, config).to(example.image.device)
     for parameter in injector.parameters():
         nn.init.normal_(parameter, std=0.02)
     with torch.enable_grad(), _attached(injector, backbone):
         loss = _restored(backbone, example).float().square().mean()
         if not loss.requires_grad:
-            return dict.fromkeys(plan.sites)
+            return dict.fromkeys(injector.plan.sites)
         parameters = [list(prompt.prompt.parameters()) for prompt in injector.prompt_sites]
         flat = [parameter for group in parameters for parameter in group]
         gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
