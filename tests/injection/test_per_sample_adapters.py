@@ -22,6 +22,11 @@ IMAGES = CASES["u_shape"].images(4)
 NAMES = ["default", "rain", None, "rain"]
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch._dynamo.reset()  # graphs of other tests count towards its limit
+
+
 @pytest.fixture
 def model() -> PerceiveModel:
     model = wrapped("u_shape")
@@ -172,7 +177,6 @@ def test_adapters_that_do_not_fit_are_refused(model: PerceiveModel, tmp_path: Pa
 
 
 def test_weights_are_swapped_without_compiling_again(saved: Path) -> None:
-    torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model, expected = wrapped("u_shape"), wrapped("u_shape")
     expected.hotswap_adapter(saved)
@@ -187,7 +191,6 @@ def test_weights_are_swapped_without_compiling_again(saved: Path) -> None:
 
 
 def test_adapters_compile_once_each_and_sizes_once_for_all() -> None:
-    torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
     model = wrapped("isotropic")
     for name, seed in (("rain", 5), ("haze", 6)):
@@ -211,7 +214,6 @@ def test_adapters_added_after_compiling_are_refused(model: PerceiveModel) -> Non
 
 
 def test_blocks_may_be_compiled_alone_and_share_their_code() -> None:
-    torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model, image = wrapped("isotropic"), CASES["isotropic"].images(2)
     expected = model(image)

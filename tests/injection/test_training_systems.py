@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
@@ -113,6 +115,14 @@ def test_passes_that_add_up_are_one_step_of_the_whole_batch() -> None:
     torch.testing.assert_close(whole(DARK), parts(DARK), rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def no_accelerator_yet() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("no_accelerator_yet")
 def test_accelerate_prepares_it_as_any_module() -> None:
     model = wrapped("u_shape", trained=False)
     before, backbone = error(model), of_the_backbone(model)
