@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -173,7 +172,7 @@ class PerceiveModel(nn.Module):
             the perceiver's outputs and semantic vectors (without).
         """
         unit = self.value_range.to_unit(image)
-        return _completed(Perception(**self._seen(unit)), self.injector, unit)
+        return _completed(self._seen(unit), self.injector, unit)
 
     def _seen(self, unit: Tensor) -> dict[str, Tensor]:
         """What all adapters share of a perception."""
@@ -498,9 +497,11 @@ class PerceiveModel(nn.Module):
         self.adapters.check_names(names, image.shape[0])
         if perception is None:
             unit = self.value_range.to_unit(image)
-            shared = Perception(**self._seen(unit))
+            shared = self._seen(unit)
         conditions = {}
-        for name in dict.fromkeys(filter(None, names)):
+        for name in self.adapters:
+            if name not in names:
+                continue
             injector = self.adapters.named(name)
             seen = _completed(shared, injector, unit) if perception is None else perception
             conditions[name] = injector.encoder(self._perception(seen, image))
@@ -515,11 +516,10 @@ class PerceiveModel(nn.Module):
         )
 
 
-def _completed(shared: Perception, injector: PromptInjector, unit: Tensor) -> Perception:
+def _completed(shared: dict[str, Tensor], injector: PromptInjector, unit: Tensor) -> Perception:
     """Add an adapter's own compact features of images in [0, 1]."""
-    if injector.encoder.compact is None:
-        return shared
-    return dataclasses.replace(shared, compact=injector.perceive(unit).compact)
+    own = {} if injector.encoder.compact is None else injector.perceive(unit).known()
+    return Perception(**shared, **own)
 
 
 def _as_rgb(image: Tensor) -> Tensor:
