@@ -5,7 +5,7 @@
 A small network that was trained on noise alone (the demo's NAFNet, or a Restormer or a SwinIR,
 which are trained for it first) learns noise, rain, haze and low light in the ways of
 `restoration_rows/rows.py`, by the same loop, on the same samples. A row that names its learning
-rates is trained with each of them at the first seed, and keeps the one with the best mean PSNR on
+rates is trained with each of them at seed 0, and keeps the one with the best mean PSNR on
 photographs that were set aside from DIR/train/clean; every row is then trained with every seed, and
 reported on DIR/test, whole images in RGB.
 

@@ -158,7 +158,10 @@ def test_half_restored_images_may_lie_beside(tmp_path: Path) -> None:
     write(tmp_path, "medium-2/a.jpg", "medium-2/b.png", value=60)
     one, two = find_pairs(tmp_path).pairs
     values = [
-        [None if image is None else int(image[0, 0, 0]) for image in read_mediums(pair)]
+        [
+            None if image is None else int(image[0, 0, 0])
+            for image in read_mediums(pair, read_pair(pair)[1])
+        ]
         for pair in (one, two)
     ]
     assert values == [[50, 60], [None, 60]]
@@ -170,4 +173,4 @@ def test_half_restored_images_may_lie_beside(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"Medium/c\.png' has no partner.*b\.png' has 4 x 4"):
         find_pairs(tmp_path)
     with pytest.raises(ImageError, match=r"medium-2/b\.png' has 4 x 4 pixels"):
-        read_mediums(two)
+        read_mediums(two, read_pair(two)[1])

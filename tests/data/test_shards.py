@@ -139,7 +139,8 @@ def test_links_and_folders_inside_are_passed_over(tmp_path: Path) -> None:
 
 
 def halves(pair: Pair) -> list[int | None]:
-    return [None if image is None else int(image[0, 0, 0]) for image in read_mediums(pair)]
+    images = read_mediums(pair, read_pair(pair)[1])
+    return [None if image is None else int(image[0, 0, 0]) for image in images]
 
 
 def test_half_restored_images_lie_beside(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from perceive_adapter import (
     ValueRange,
     plan_sites,
 )
+from perceive_adapter.injection.condition import strength
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -176,6 +177,12 @@ def test_the_backbone_is_left_alone_where_nothing_is_perceived_that_the_adapter_
     assert relative(full, bare) > 1e-3
     hardly = model(IMAGE, perception=_severe([0.02, 1, 0]))
     assert 0 < relative(hardly, bare) < 0.1 * relative(full, bare)
+
+
+def test_the_strength_follows_the_severity_up_to_a_fifth() -> None:
+    severity = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.2, 0.0], [0.9, 0.3], [0.06, 0.04]])
+    together = [0, 0.5, 1, 1, 0.4728]  # of 0.06 and 0.04: 0.0976, 0.488 of a fifth
+    assert strength(severity).tolist() == pytest.approx(together, abs=0.01)
 
 
 def test_the_strength_is_each_image_s_own() -> None:

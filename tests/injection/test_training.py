@@ -68,6 +68,16 @@ def test_training_and_eval_mode_agree_where_layers_are_merged() -> None:
     assert not model.backbone.body[0].training
 
 
+def test_modes_follow_the_adapter_that_is_set() -> None:
+    other = wrapped("reparametrized").injector
+    other.detach()
+    model = wrapped("reparametrized", sites=["layer:head"]).train()
+    assert all(block.training for block in model.backbone.body)
+    model.add_adapter("merged", other)
+    model.set_adapter("merged")
+    assert not any(block.training for block in model.backbone.body)
+
+
 def test_what_is_unfrozen_trains_in_training_mode() -> None:
     model = wrapped("reparametrized")
     model.unfreeze("body.0.*.weight")

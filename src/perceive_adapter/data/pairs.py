@@ -197,17 +197,22 @@ def read_pair(pair: Pair) -> tuple[Tensor, Tensor]:
     return degraded, target
 
 
-def read_mediums(pair: Pair) -> list[Tensor | None]:
+def read_mediums(pair: Pair, target: Tensor) -> list[Tensor | None]:
     """Read the half-restored images, (3, H, W) uint8 each; None where one is missing.
+
+    Args:
+        pair: whose they are.
+        target: its target as it was read, (3, H, W), whose size they must have.
 
     Raises:
         ImageError: a file cannot be read, or is of another size than the target.
     """
-    images = [None if file is None else _read(file) for file in pair.mediums]
-    target = _read(pair.target) if any(image is not None for image in images) else None
-    for file, image in zip(pair.mediums, images, strict=True):
-        if file is not None and image is not None and target is not None:
+    images: list[Tensor | None] = []
+    for file in pair.mediums:
+        image = None if file is None else _read(file)
+        if file is not None and image is not None:
             _check_size(file, image, pair.target, target)
+        images.append(image)
     return images
 
 

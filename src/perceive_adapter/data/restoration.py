@@ -184,7 +184,9 @@ class PairFiles:
         """Degraded image, target, and half-restored ones, if they are wanted."""
         if pair in self._kept:
             return self._kept[pair]
-        images = [*read_pair(pair), *(read_mediums(pair) if self.mediums else ())]
+        degraded, target = read_pair(pair)
+        mediums = read_mediums(pair, target) if self.mediums else []
+        images = [degraded, target, *mediums]
         size = sum(image.numel() for image in images if image is not None)
         if size <= self._room:
             self._room -= size

@@ -397,8 +397,9 @@ class PerceiveModel(nn.Module):
         """
         injector = self.adapters.named(self.adapters.active if name is None else name)
         file = read_beside(self, pretrained, like=injector)
-        injector.load_state_dict(file.injector.state_dict())
-        injector.treat(file.record.config.treats)
+        with injector.lock:  # not while another thread restores
+            injector.load_state_dict(file.injector.state_dict())
+            injector.treat(file.record.config.treats)
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the one that is used and trained.
@@ -407,6 +408,8 @@ class PerceiveModel(nn.Module):
             ConfigError: there is none of that name.
         """
         self.adapters.activate(name)
+        if self.training:
+            hold_in_eval(self.backbone, self.sites.eval_only)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter that is not active.
