@@ -44,10 +44,15 @@ def write(folder: Path, name: str, pixels: Tensor) -> Path:
     return file
 
 
+def scene(side: int = 60) -> Tensor:
+    """An image that shows where it is, and which way round."""
+    rows, columns = torch.arange(side).view(-1, 1), torch.arange(side)
+    return (3 * rows + columns).expand(3, -1, -1)
+
+
 def pair(folder: Path, name: str, side: int = 60, suffix: str = ".png") -> Pair:
-    """A pair whose target shows where it is, and whose degraded image is half as bright."""
-    rows = torch.arange(side).view(1, -1, 1) * 4
-    target = (rows + torch.zeros(3, side, side)).clamp(0, 255)
+    """A pair whose degraded image is half as bright."""
+    target = scene(side)
     return Pair(
         write(folder / "input", name + suffix, target // 2),
         write(folder / "gt", f"{name}.png", target),
@@ -189,8 +194,7 @@ def test_half_restored_images_are_cut_alike(tmp_path: Path) -> None:
     for index, name in enumerate(("a", "b")):
         one = pair(tmp_path / "derain", name)
         if index == 0:
-            rows = torch.arange(60).view(1, -1, 1) * 4 + torch.zeros(3, 60, 60)
-            write(tmp_path / "derain" / "medium", "a.png", rows * 3 // 4)
+            write(tmp_path / "derain" / "medium", "a.png", scene() * 3 // 4)
     source = PairFiles(find_pairs(tmp_path).pairs, mediums=True)
     other = CleanPhotos(photos(), ["jpeg"])
     drawn = RestorationData([source, other], context=40, patch=32)

@@ -65,6 +65,13 @@ def to_onnx(model: torch.nn.Module, **options: Any) -> Session:
     return Session(torch.onnx.export(model, (EXAMPLE,), dynamo=True, verbose=False, **options))
 
 
+def steered(model: torch.nn.Module, seen: Perception) -> Session:
+    """With the perception as an input."""
+    fixed = [None] * len(seen.known())  # these keep their shapes
+    shapes = {"args": (any_size(),), "perception": fixed}
+    return to_onnx(model, kwargs={"perception": seen}, dynamic_shapes=shapes)
+
+
 def largest(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     return float((actual - expected).detach().abs().max())
@@ -127,12 +134,7 @@ def test_a_graph_limited_to_what_it_treats() -> None:
 def test_onnx_takes_a_perception_as_input() -> None:
     model = wrapped("u_shape", perceiver=None)
     seen = model.perceive(EXAMPLE).detach()
-    fixed = [None] * len(seen.known())
-    session = to_onnx(
-        model,
-        kwargs={"perception": seen},
-        dynamic_shapes={"args": (any_size(),), "perception": fixed},
-    )
+    session = steered(model, seen)
     assert session.inputs[1:] == [f"perception_{name}" for name in seen.known()]
     image = photograph((96, 128))
     for perceived in (seen, model.perceive(image).detach()):
@@ -145,13 +147,7 @@ def test_onnx_takes_a_perception_as_input() -> None:
 @pytest.mark.parametrize("case", REAL)
 def test_onnx_of_real_networks_takes_a_perception_as_input(case: str) -> None:
     model = wrapped(case, perceiver=None)
-    seen = model.perceive(EXAMPLE).detach()
-    fixed = [None] * len(seen.known())
-    session = to_onnx(
-        model,
-        kwargs={"perception": seen},
-        dynamic_shapes={"args": (any_size(),), "perception": fixed},
-    )
+    session = steered(model, model.perceive(EXAMPLE).detach())
     for size in SIZES:
         image = photograph(size)
         perceived = model.perceive(image).detach()

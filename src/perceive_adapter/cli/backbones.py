@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,13 +16,24 @@ if TYPE_CHECKING:
     from perceive_adapter.evaluation.measure import Restore
     from perceive_adapter.injection.model import PerceiveModel
 
-__all__ = ["BACKBONE_HELP", "load_network", "side_by_side"]
+__all__ = ["BACKBONE_HELP", "add_network", "load_network", "side_by_side"]
 
 BACKBONE_HELP: Final = (
     "a checkpoint file (.pth, .pt, .safetensors) of an architecture that spandrel knows, or "
     "MODULE:FUNCTION, which is imported from the current folder or the environment and called for "
     "the network with its weights"
 )
+
+
+def add_network(parser: ArgumentParser, *, without_adapter: str) -> None:
+    """Declare ``--backbone`` and ``--adapter``, and say what stands in for an adapter."""
+    add = parser.add_argument
+    add("--backbone", metavar="FILE_OR_CODE", required=True, help=BACKBONE_HELP)
+    add(
+        "--adapter",
+        metavar="NAME_OR_FOLDER",
+        help=f"a saved adapter's folder, or user/repo of the Hub; without it {without_adapter}",
+    )
 
 
 def load_network(told: str, option: str = "--backbone") -> nn.Module:

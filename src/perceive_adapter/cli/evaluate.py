@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_side
+from perceive_adapter.cli.backbones import add_network, load_network, side_by_side
 from perceive_adapter.cli.options import device, integer, needs
 from perceive_adapter.errors import ConfigError
 
@@ -28,12 +28,7 @@ _NAMES = ("pairs", "synthetic", "three-tasks", "five-tasks")
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("--backbone", metavar="FILE_OR_CODE", required=True, help=BACKBONE_HELP)
-    add(
-        "--adapter",
-        metavar="NAME_OR_FOLDER",
-        help="a saved adapter's folder, or user/repo of the Hub; without it the backbone alone",
-    )
+    add_network(parser, without_adapter="the backbone alone")
     add("--data", metavar="DIR", type=Path, required=True, help="where the sets are, at any depth")
     add(
         "--protocol",

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network
+from perceive_adapter.cli.backbones import add_network, load_network
 from perceive_adapter.cli.options import integer, needs
 from perceive_adapter.errors import ConfigError
 
@@ -26,12 +26,7 @@ _DRAWINGS = (".png", ".svg")
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("--backbone", metavar="FILE_OR_CODE", required=True, help=BACKBONE_HELP)
-    add(
-        "--adapter",
-        metavar="NAME_OR_FOLDER",
-        help="a saved adapter's folder, or user/repo of the Hub; without it what wrap() chooses",
-    )
+    add_network(parser, without_adapter="what wrap() chooses")
     add("--json", action="store_true", help="print a JSON object instead of tables")
     add(
         "--drawing",
