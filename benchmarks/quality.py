@@ -128,7 +128,7 @@ class Bench:
 
     def data(self, row: Row, seed: int) -> RestorationData:
         source = CleanPhotos(self.photos, row.tasks)
-        return RestorationData([source], context=CONTEXT, patch=PATCH, seed=seed)
+        return RestorationData([source], context=CONTEXT, patch=PATCH, ratios=row.ratios, seed=seed)
 
     def train(self, row: Row, seed: int, rate: float) -> nn.Module:
         """Make the row's model and train it."""

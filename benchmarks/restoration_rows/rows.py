@@ -1,7 +1,7 @@
 """The ways to make one network restore more; each is trained by the same loop on the same data."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import skimage.data
@@ -38,6 +38,7 @@ class Row:
         like: row whose learning rate it takes over; None tunes its own.
         rates: that are tried, where it tunes its own.
         tasks: that it is trained on.
+        ratios: how often each is drawn, 1 where none is given.
     """
 
     make: Callable[[nn.Module, RestorationData], nn.Module]
@@ -45,6 +46,7 @@ class Row:
     perceive: Told | None = None
     like: str | None = "wrapped"
     tasks: tuple[str, ...] = TASKS
+    ratios: Mapping[str, float] = field(default_factory=dict)
     rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2)
 
     def restore(self, model: nn.Module) -> Callable[[Case], Tensor]:
@@ -135,6 +137,7 @@ def shuffled(model: PerceiveModel, degraded: Tensor, _: Tensor) -> Perception:
 
 
 TREATED = tuple(FAMILIES.index(name) for name in ("haze", "rain", "low_light"))
+MIXED = ("gaussian_noise+rain", "haze+low_light")
 ORACLE = wrapped(treat=False, perceiver=False, sources=TOLD, treats=TREATED)
 
 ROWS: dict[str, Row] = {
@@ -158,7 +161,7 @@ ROWS: dict[str, Row] = {
     "without the contrastive loss": Row(wrapped(), L1),
     "with the difficulty-adaptive loss": Row(wrapped(), replace(OURS, difficulty_adaptive=0.1)),
     "with the CLIP-aware loss": Row(wrapped(), replace(OURS, clip_aware=0.05)),
-    "with mixtures": Row(wrapped(), OURS, tasks=(*TASKS, "gaussian_noise+rain", "haze+low_light")),
+    "with mixtures": Row(wrapped(), OURS, tasks=(*TASKS, *MIXED), ratios=dict.fromkeys(MIXED, 0.5)),
     # Nothing frozen
     "PromptIR's prompts, everything": Row(
         lambda backbone, _: Prompted(backbone), like=None, rates=(2e-4, 5e-4, 1e-3, 2e-3)

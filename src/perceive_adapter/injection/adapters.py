@@ -121,7 +121,7 @@ class AdapterSet(nn.ModuleDict):
         """
         for name in self:
             injector = self.named(name)
-            injector.enabled = name in conditions
+            injector.state.enabled = name in conditions  # torch 2.6 traces no property's setter
             if name in conditions:
                 # At a condition of zeros a prompt leaves features as they are.
                 own = [[[float(name == other)]] for other in names]
@@ -132,7 +132,7 @@ class AdapterSet(nn.ModuleDict):
         for name in self:
             injector = self.named(name)
             injector.disarm()
-            injector.enabled = name == self.active
+            injector.state.enabled = name == self.active
 
     @contextmanager
     def mixed(
