@@ -19,9 +19,7 @@ from perceive_adapter import AdapterConfig, Perception
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
-any_size_inside = pytest.mark.skipif(
-    torch.__version__.startswith("2.6."), reason="exports no perception of images of any size"
-)
+any_size_inside = pytest.mark.newer_torch("exports no perception of images of any size")
 EXAMPLE = torch.rand(1, 3, 72, 104, generator=torch.Generator().manual_seed(0))
 SIZES = [(64, 64), (96, 128), (264, 520)]  # one view, one view, several
 NETWORKS = ["nafnet", pytest.param("restormer", marks=pytest.mark.slow)]
@@ -131,6 +129,7 @@ def test_a_graph_limited_to_what_it_treats() -> None:
 # Perception as an input
 
 
+@pytest.mark.newer_torch("writes no addcmul to ONNX where sizes vary")
 def test_onnx_takes_a_perception_as_input() -> None:
     model = wrapped("u_shape", perceiver=None)
     seen = model.perceive(EXAMPLE).detach()

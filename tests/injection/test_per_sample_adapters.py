@@ -189,6 +189,7 @@ def test_weights_are_swapped_without_compiling_again(saved: Path) -> None:
     assert graphs.frame_count == 1
 
 
+@pytest.mark.newer_torch("compiles a perception once for each size")
 def test_adapters_compile_once_each_and_sizes_once_for_all() -> None:
     graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
     model = wrapped("isotropic")
@@ -212,6 +213,7 @@ def test_adapters_added_after_compiling_are_refused(model: PerceiveModel) -> Non
     assert list(model.adapters) == ["default", "rain"]
 
 
+@pytest.mark.newer_torch("compiles every block by itself")
 def test_blocks_may_be_compiled_alone_and_share_their_code() -> None:
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model, image = wrapped("isotropic"), CASES["isotropic"].images(2)

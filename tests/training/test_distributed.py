@@ -62,6 +62,7 @@ def test_two_processes_go_on_after_a_kill_as_one_would(tmp_path: Path) -> None:
     assert all(torch.equal(value, again["model"][name]) for name, value in state["model"].items())
 
 
+@pytest.mark.newer_torch("shards on GPUs only")
 def test_a_sharded_adapter_trains_is_saved_and_loads(tmp_path: Path) -> None:
     launch("sharded.py", str(tmp_path), processes=2)
 

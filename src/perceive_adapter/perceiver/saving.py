@@ -230,6 +230,8 @@ def _saved_heads(
 
 def _saved_towers(config: PerceiverConfig, tensors: dict[str, Tensor]) -> ClipTowers:
     """Build the towers around saved weights, allocating nothing before all shapes are checked."""
+    import open_clip  # noqa: F401  # torch 2.6 cannot import it where tensors are meta
+
     weights = _take("towers", tensors)
     with torch.device("meta"):
         towers = _build_towers(config)

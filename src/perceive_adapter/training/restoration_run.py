@@ -202,8 +202,9 @@ class RestorationRun:
     def save(self, file: Path, done: int) -> None:
         """Write the state after so many steps; every process must call it."""
         self._check_finite(done - 1)
-        model = get_model_state_dict(self.step, options=_WHOLE)
-        optimizer = get_optimizer_state_dict(self.step, self._torch_optimizer(), options=_WHOLE)
+        inner, optimizer = self._bare()
+        model = get_model_state_dict(inner, options=_WHOLE)
+        moments = get_optimizer_state_dict(inner, optimizer, options=_WHOLE)
         ema = [whole(value).cpu() for value in self.ema]  # gathers, so every process must
         scaler = self.accelerator.scaler
         if self.accelerator.is_main_process:
@@ -211,7 +212,7 @@ class RestorationRun:
                 "step": done,
                 **self._settings(),
                 "model": model,
-                "optimizer": optimizer,
+                "optimizer": moments,
                 "ema": ema,
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
@@ -231,9 +232,9 @@ class RestorationRun:
                 )
         self._check_fits(state["model"], file)
         try:
-            set_model_state_dict(self.step, state["model"], options=_WHOLE)
-            optimizer = self._torch_optimizer()
-            set_optimizer_state_dict(self.step, optimizer, state["optimizer"], options=_WHOLE)
+            inner, optimizer = self._bare()
+            set_model_state_dict(inner, state["model"], options=_WHOLE)
+            set_optimizer_state_dict(inner, optimizer, state["optimizer"], options=_WHOLE)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{str(file)!r} is of another model: {error} {REMEDY}") from error
         for mean, saved in zip(self.ema, state["ema"], strict=True):
@@ -268,9 +269,13 @@ class RestorationRun:
                 f"{odd[0]}, {found.get(odd[0])} where {shapes.get(odd[0])} is expected. {REMEDY}"
             )
 
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
-        inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner
+    def _bare(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model and the optimizer without what accelerate wraps around them.
+
+        torch 2.6 finds no parameter of a model that is inside DistributedDataParallel.
+        """
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return self.accelerator.unwrap_model(self.step), optimizer
 
 
 def in_channels_last(model: nn.Module) -> None:
