@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.injection.plan import Site
+from perceive_adapter.ops import add_low_rank, modulate
 
 __all__ = [
     "ChannelCrossAttention",
@@ -71,7 +72,7 @@ class Modulation(nn.Module):
         gamma, beta = self.to_scale_shift(condition).chunk(2, dim=1)
         scale = self.layout.spread(1 + gamma, features)
         shift = self.layout.spread(beta, features)
-        return torch.addcmul(shift, features, scale).to(features.dtype)
+        return modulate(features, scale, shift, self.layout.channel_axis)
 
 
 class ChannelCrossAttention(nn.Module):
@@ -153,9 +154,8 @@ class GatedLowRank(nn.Module):
     def forward(self, features: Tensor, condition: Tensor, source: Tensor) -> Tensor:
         """Add the branch's output to the layer's."""
         low: Tensor = self.down(source.to(self.down.weight.dtype))
-        low = low * self.layout.spread(self.gate(condition), low).to(low.dtype)
-        branch: Tensor = self.up(low).to(features.dtype)
-        return features + branch
+        gate = self.layout.spread(self.gate(condition), low)
+        return add_low_rank(features, low, self.up.weight, gate, self.layout.channel_axis)
 
     def folded(self, weight: Tensor, condition: Tensor) -> Tensor:
         """Return ``weight + up diag(gate) down`` for a condition (1, C + 1)."""

@@ -1,7 +1,7 @@
 """Difficulty-adaptive perceptual loss."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from perceive_adapter.errors import ConfigError, LossInputError
 from perceive_adapter.losses._frozen import full_precision
 from perceive_adapter.losses._inputs import check_image, check_number
 from perceive_adapter.losses.features import resolve_features
+from perceive_adapter.ops import reference_distances
 
 _MIN_MSE = 1e-10  # a PSNR of 100 dB stands for identical images
 
@@ -167,19 +168,14 @@ class DifficultyAdaptiveLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return d(R, GT) (L, B), d(R, LQ and mediums) (1 + n, L, B) and d(GT, LQ) (L, B)."""
         levels = self.features(image)
-        remaining = self._reference_levels(references)
+        if _in_one_pass(image.device):
+            return _distances_at_once(levels, self._constant_levels(torch.cat(references)))
+        remaining = map(self._constant_levels, references)
         target, degraded = next(remaining), next(remaining)
         pull, scale = _distances(levels, target), _distances(target, degraded)
         push = [_distances(levels, degraded)]
         push.extend(_distances(levels, medium) for medium in remaining)
         return pull, torch.stack(push), scale
-
-    def _reference_levels(self, references: list[Tensor]) -> Iterator[Sequence[Tensor]]:
-        """Iterate over the constant feature levels of each reference."""
-        if not _in_one_pass(references[0].device):
-            return map(self._constant_levels, references)
-        levels = self._constant_levels(torch.cat(references))
-        return zip(*[level.chunk(len(references)) for level in levels], strict=True)
 
     def _constant_levels(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -226,6 +222,20 @@ def _in_one_pass(device: torch.device) -> bool:
     and frees its features early, which is faster by a sixth and takes less memory.
     """
     return device.type != "cpu"
+
+
+def _distances_at_once(
+    levels: Sequence[Tensor], references: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_level_distances` does, of references that lie along the batch."""
+    images = len(levels[0])
+    found, scale = [], []
+    for level, of_all in zip(levels, references, strict=True):
+        each = full_precision(of_all).view(-1, images, *of_all.shape[1:])
+        found.append(reference_distances(full_precision(level), each))
+        scale.append(_distance(each[0], each[1]))
+    distances = torch.stack(found, dim=1)  # (2 + n, L, B)
+    return distances[0], distances[1:], torch.stack(scale)
 
 
 def _distances(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

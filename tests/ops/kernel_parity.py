@@ -1,0 +1,210 @@
+"""Kernels against the references in double precision: outputs and every gradient.
+
+    python -m pytest tests/ops/kernel_parity.py                     # on a GPU
+    TRITON_INTERPRET=1 python -m pytest tests/ops/kernel_parity.py  # anywhere, and slowly
+
+`test_kernels.py` runs the second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from perceive_adapter.ops import (
+    add_low_rank,
+    dispatch,
+    distances,
+    low_rank,
+    modulate,
+    modulation,
+    reference_distances,
+)
+from perceive_adapter.ops.kernels import distances as distance_kernels
+from perceive_adapter.ops.kernels import low_rank as low_rank_kernels
+from perceive_adapter.ops.kernels import modulation as modulation_kernels
+
+DEVICE = "cpu" if dispatch.INTERPRETED else "cuda"
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 7.8e-3}  # of the largest
+if dispatch.INTERPRETED:
+    TOLERANCE[torch.bfloat16] *= 2  # it cuts single precision off instead of rounding it
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+SHAPES = [(2, 5, 6, 7), (1, 48, 16, 16), (3, 130, 3, 5), (2, 16, 1, 9)]
+LAYOUTS = ["nchw", "channels_last", "tokens", "nhwc", "sliced"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is NaN."""
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        make = getattr(owner, name)
+
+        def filled(*args: object, make: Callable = make, **options: object) -> Tensor:
+            made = make(*args, **options)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        monkeypatch.setattr(owner, name, filled)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.to(DEVICE)
+
+
+def laid_out(x: Tensor, layout: str) -> tuple[Tensor, int]:
+    """(B, C, H, W) in a layout, and its channel axis."""
+    if layout == "tokens":
+        return x.flatten(2).transpose(1, 2).contiguous(), -1
+    if layout == "nhwc":
+        return x.permute(0, 2, 3, 1).contiguous(), -1
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last), 1
+    if layout == "sliced":
+        return torch.cat([x, x], dim=3)[..., ::2].clone()[:, :, :, : x.shape[3]], 1
+    return x, 1
+
+
+def spread(value: Tensor, like: Tensor, axis: int) -> Tensor:
+    shape = [len(value), *[1] * (like.ndim - 1)]
+    shape[axis] = value.shape[1]
+    return value.view(shape)
+
+
+def compare(
+    fused: Callable[..., Tensor], reference: Callable[..., Tensor], leaves: list[Tensor]
+) -> None:
+    """Both give the same, and so do their gradients; the reference computes in float64.
+
+    Where pure torch in the same dtype is further off, sums that cancel, twice its error will do.
+    """
+    found = results(fused, leaves)
+    truth = results(reference, [leaf.double() for leaf in leaves])
+    plain = results(reference, leaves)
+    for actual, expected, other in zip(found, truth, plain, strict=True):
+        assert actual.shape == expected.shape
+        largest = expected.abs().max()
+        if largest:
+            error, usual = ((x.double() - expected).abs().max() / largest for x in (actual, other))
+            assert error < max(TOLERANCE[leaves[0].dtype], 2 * usual)
+
+
+def results(run: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """The output and the gradients of all leaves."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    output = run(*leaves)
+    weight = random(*output.shape, seed=9).to(output.dtype)
+    return (output.detach(), *torch.autograd.grad(output, leaves, weight))
+
+
+@pytest.fixture(params=[*SHAPES, (1, 3, 70, 130)], ids=str)
+def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    return request.param
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_modulate(shape: tuple[int, ...], layout: str, dtype: torch.dtype, shared: bool) -> None:
+    x, axis = laid_out(random(*shape, seed=0), layout)
+    values = [random(1 if shared else shape[0], shape[1], seed=seed) for seed in (1, 2)]
+    leaves = [x.to(dtype), *[value.to(dtype) for value in values]]
+
+    def fused(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        out = modulate(x, spread(scale, x, axis), spread(shift, x, axis), axis)
+        assert out.grad_fn is None or "Addcmul" not in str(out.grad_fn)
+        return out
+
+    def reference(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return modulation.reference(x, spread(scale, x, axis), spread(shift, x, axis))
+
+    compare(fused, reference, leaves)
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rank", [1, 4, 20])
+def test_add_low_rank(shape: tuple[int, ...], layout: str, dtype: torch.dtype, rank: int) -> None:
+    x, axis = laid_out(random(*shape, seed=0), layout)
+    low, _ = laid_out(random(shape[0], rank, *shape[2:], seed=1), layout)
+    gate = random(shape[0] if rank > 1 else 1, rank, seed=2)
+    up = random(shape[1], rank, seed=3)
+    if axis == 1:
+        up = up[..., None, None]
+    leaves = [value.to(dtype) for value in (x, low, up, gate)]
+    compare(
+        lambda x, low, up, gate: add_low_rank(x, low, up, spread(gate, low, axis), axis),
+        lambda x, low, up, gate: low_rank.reference(x, low, up, spread(gate, low, axis)),
+        leaves,
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_reference_distances(shape: tuple[int, ...], dtype: torch.dtype, count: int) -> None:
+    x = random(*shape, seed=0).to(dtype)
+    references = random(count, *shape, seed=1).to(dtype)
+    references[0, 0] = x[0]  # a difference of 0 has no sign
+    compare(
+        lambda x: reference_distances(x, references),
+        lambda x: distances.reference(x, references.to(x.dtype)),
+        [x],
+    )
+
+
+@DTYPES
+def test_memory_formats_are_kept(dtype: torch.dtype) -> None:
+    for layout in ("nchw", "channels_last", "nhwc"):
+        x, axis = laid_out(random(1, 6, 4, 5, seed=0).to(dtype), layout)
+        low, _ = laid_out(random(1, 2, 4, 5, seed=1).to(dtype), layout)
+        value = spread(random(1, 6, seed=2).to(dtype), x, axis)
+        gate = spread(random(1, 2, seed=3).to(dtype), low, axis)
+        up = random(6, 2, seed=4).to(dtype)
+        assert modulate(x, value, value, axis).stride() == x.stride()
+        assert add_low_rank(x, low, up, gate, axis).stride() == x.stride()
+
+
+def test_the_same_bits_twice() -> None:
+    x = random(2, 20, 33, 65, seed=0).float().requires_grad_()
+    scale = random(2, 20, seed=1).float().view(2, 20, 1, 1).requires_grad_()
+    references = random(2, 2, 20, 33, 65, seed=2).float()
+    for run in (
+        lambda: modulate(x, scale, scale).square().mean(),
+        lambda: reference_distances(x, references).square().sum(),
+    ):
+        one, two = (torch.autograd.grad(run(), (x, scale), allow_unused=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True) if a is not None)
+
+
+def test_empty_batches() -> None:
+    x, value = torch.empty(0, 4, 3, 3, device=DEVICE), torch.empty(0, 4, 1, 1, device=DEVICE)
+    x.requires_grad_()
+    modulate(x, value, value).sum().backward()
+    assert x.grad is not None
+    low, up = torch.empty(0, 2, 3, 3, device=DEVICE), torch.ones(4, 2, device=DEVICE)
+    assert add_low_rank(x, low, up, value[:, :2]).shape == x.shape
+    assert reference_distances(x, x.expand(2, 0, 4, 3, 3)).shape == (2, 0)
+
+
+def test_other_dtypes_take_the_reference() -> None:
+    x = random(2, 4, 3, 3, seed=0)
+    assert modulate(x, x[:, :, :1, :1], x[:, :, :1, :1]).dtype == torch.float64
+    assert "Addcmul" in str(modulate(x.requires_grad_(), x[:, :, :1, :1], x[:, :, :1, :1]).grad_fn)
+
+
+def test_ops_are_registered_as_they_behave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for strided in (False, True):
+        x, low = random(2, 6, 9, seed=0).float(), random(2, 3, 9, seed=1).float()
+        if strided:
+            x, low = (v.transpose(1, 2).contiguous().transpose(1, 2) for v in (x, low))
+        x.requires_grad_()
+        scale = random(2, 6, seed=2).float().requires_grad_()
+        torch.library.opcheck(modulation_kernels.modulate_rows, (x, scale, scale.detach()))
+        up, gate = random(6, 3, seed=3).float(), random(1, 3, seed=4).float()
+        torch.library.opcheck(low_rank_kernels.add_low_rank_rows, (x, low, up, gate))
+        references = random(3, 2, 54, seed=5).float()
+        rows = x.detach().reshape(2, 54).requires_grad_()
+        torch.library.opcheck(distance_kernels._distances, (rows, references))
