@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from wrapping import KINDS, PAIRS, oracle, relative, wrapped
 from zoo import CASES
 
@@ -77,3 +78,25 @@ def test_perceptions_join_and_part() -> None:
         Perception(semantic=torch.rand(2, 4))
     with pytest.raises(PerceptionError, match="empty"):
         _ = Perception().batch
+
+
+@torch.no_grad()
+def test_a_branch_writes_over_features_that_nobody_else_has_seen() -> None:
+    model = wrapped("u_shape", config=KINDS["low_rank"])
+    layer = model.backbone.get_submodule("intro")
+    image, seen = CASES["u_shape"].images(2), oracle(2)
+    with torch.enable_grad():
+        expected = model(image, perception=seen).detach()
+    memory: list[int] = []
+    layer.register_forward_pre_hook(lambda *_: memory.clear())
+    prompt = model.injector.layers["/intro"].prompt
+    prompt.register_forward_hook(
+        lambda _, args, output: memory.extend((args[0].data_ptr(), output.data_ptr()))
+    )
+    torch.testing.assert_close(model(image, perception=seen), expected)
+    assert memory[0] == memory[1]
+    kept: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda *call: kept.append(call[2]), prepend=True)
+    torch.testing.assert_close(model(image, perception=seen), expected)
+    assert memory[0] != memory[1]
+    torch.testing.assert_close(kept[0], F.conv2d(image, layer.weight, layer.bias, padding=1))

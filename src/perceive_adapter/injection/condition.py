@@ -14,7 +14,7 @@ from perceive_adapter.injection.perception import Perception
 __all__ = ["ConditionEncoder", "strength"]
 
 HIDDEN = 64
-VISIBLE, WHOLE = 0.05, 0.1  # severities between which the strength grows from nothing to all
+WHOLE = 0.2  # severity from which the prompts do all that they can
 UNIT_VECTORS = ("compact", "embedding", "semantic")
 
 
@@ -113,9 +113,9 @@ class ConditionEncoder(nn.Module):
 def strength(severity: Tensor) -> Tensor:
     """Return how strongly prompts work on images with these degradations.
 
-    What is hardly visible, up to a severity of 0.05, is left alone; from 0.1 on it is treated in
-    full, with a smooth step between. Presence would not do: at mild darkness perception is unsure
-    whether there is any, but sure that there is little of it.
+    What is hardly there, or hardly believed to be, is hardly touched; from a severity of 0.2 on it
+    is treated in full, with a smooth step between. Presence would not do: at mild darkness
+    perception is unsure whether there is any, but sure that there is little of it.
 
     Args:
         severity: (B, D) in [0, 1], of the degradations that are treated.
@@ -124,5 +124,5 @@ def strength(severity: Tensor) -> Tensor:
         (B,) in [0, 1].
     """
     together = 1 - (1 - severity.clamp(0, 1)).prod(dim=1)
-    part = ((together - VISIBLE) / (WHOLE - VISIBLE)).clamp(0, 1)
+    part = (together / WHOLE).clamp(max=1)
     return part.square() * (3 - 2 * part)

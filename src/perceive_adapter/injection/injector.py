@@ -48,8 +48,18 @@ class PromptSite(nn.Module):
         if not self.state.enabled or self._is_folded(module):
             return None
         source = args[0] if args else output
-        changed: Tensor = self.prompt(output, self.condition(), source)
+        told = {"in_place": True} if self.foldable and self._is_alone(module) else {}
+        changed: Tensor = self.prompt(output, self.condition(), source, **told)
         return changed
+
+    def _is_alone(self, module: nn.Module) -> bool:
+        """Whether nobody else has seen the module's output, so that it may be written over."""
+        return (
+            not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+            and len(module._forward_hooks) == 1
+        )
 
     def _is_folded(self, module: nn.Module) -> bool:
         """Whether the layer ran with the folded weight, which some networks put another over."""

@@ -46,6 +46,12 @@ M = TypeVar("M", bound=nn.Module)
 class Foldable(Protocol):
     """A prompt module that, for one condition, is a change of the hooked layer's weight."""
 
+    def __call__(
+        self, features: Tensor, condition: Tensor, source: Tensor, *, in_place: bool = False
+    ) -> Tensor:
+        """Add to the features, into the same memory if that is told."""
+        ...
+
     def folded(self, weight: Tensor, condition: Tensor) -> Tensor:
         """Return the weight that acts as layer and branch together, in ``weight``'s dtype."""
         ...
@@ -151,11 +157,14 @@ class GatedLowRank(nn.Module):
         self.gate = _linear_in_condition(config, site.rank)
         nn.init.ones_(self.gate.weight[:, -1])
 
-    def forward(self, features: Tensor, condition: Tensor, source: Tensor) -> Tensor:
-        """Add the branch's output to the layer's."""
+    def forward(
+        self, features: Tensor, condition: Tensor, source: Tensor, *, in_place: bool = False
+    ) -> Tensor:
+        """Add the branch's output to the layer's, into the same memory if that is told."""
         low: Tensor = self.down(source.to(self.down.weight.dtype))
         gate = self.layout.spread(self.gate(condition), low)
-        return add_low_rank(features, low, self.up.weight, gate, self.layout.channel_axis)
+        axis = self.layout.channel_axis
+        return add_low_rank(features, low, self.up.weight, gate, axis, in_place=in_place)
 
     def folded(self, weight: Tensor, condition: Tensor) -> Tensor:
         """Return ``weight + up diag(gate) down`` for a condition (1, C + 1)."""

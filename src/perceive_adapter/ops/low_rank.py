@@ -16,7 +16,13 @@ __all__ = ["add_low_rank"]
 
 
 def add_low_rank(
-    features: Tensor, low: Tensor, up: Tensor, gate: Tensor, channel_axis: int = 1
+    features: Tensor,
+    low: Tensor,
+    up: Tensor,
+    gate: Tensor,
+    channel_axis: int = 1,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """Return ``features + up (gate * low)``, over the channels of every position.
 
@@ -29,6 +35,8 @@ def add_low_rank(
         up: (C, R), or (C, R, 1, 1) as a convolution has it.
         gate: broadcasts over ``low``, such as (B, R, 1, 1) or (1, 1, R).
         channel_axis: 1 or -1.
+        in_place: the features may be written over, which saves a copy of them; not where gradients
+            are wanted.
 
     Source: LoRA, https://arxiv.org/abs/2106.09685, equation 3, with a gate between both factors.
     """
@@ -40,17 +48,20 @@ def add_low_rank(
     if fused("add_low_rank", features, low, up, gate) and up.shape[1] <= MAX_RANK:
         rows = add_low_rank_rows(wide, narrow, up.flatten(1), gate.flatten(1))
     else:
-        rows = _by_batched_product(wide, narrow, up.flatten(1), gate.flatten(1))
+        rows = _by_batched_product(wide, narrow, up.flatten(1), gate.flatten(1), in_place)
     return like_before(rows, features, channel_axis)
 
 
-def _by_batched_product(wide: Tensor, narrow: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+def _by_batched_product(
+    wide: Tensor, narrow: Tensor, up: Tensor, gate: Tensor, in_place: bool
+) -> Tensor:
     """The same of (B, C, N) and (B, R, N), in the memory format of ``wide``."""
+    product = Tensor.baddbmm_ if in_place else torch.baddbmm
     gated = (up * gate[:, None]).to(wide.dtype).expand(len(wide), -1, -1)
     if wide.stride(1) == 1:
-        raised = torch.baddbmm(wide.transpose(1, 2), narrow.transpose(1, 2), gated.transpose(1, 2))
-        return raised.transpose(1, 2)
-    return torch.baddbmm(wide, gated, narrow)
+        dense = wide.transpose(1, 2), narrow.transpose(1, 2), gated.transpose(1, 2)
+        return product(*dense).transpose(1, 2)
+    return product(wide, gated, narrow)
 
 
 def reference(features: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
