@@ -7,6 +7,7 @@ from torch import nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
 from perceive_adapter.losses import DifficultyAdaptiveLoss, ModuleFeatures
+from perceive_adapter.losses import _distances as distances
 from perceive_adapter.losses import difficulty as module
 
 
@@ -75,7 +76,8 @@ def images(count, batch=3, size=(9, 7), dtype=torch.float32, seed=0):
 
 @pytest.fixture(params=[False, True], ids=["one-at-a-time", "one-pass"])
 def one_pass(request, monkeypatch):
-    monkeypatch.setattr(module, "_in_one_pass", lambda device: request.param)
+    for owner in (module, distances):
+        monkeypatch.setattr(owner, "in_one_pass", lambda device: request.param)
 
 
 @pytest.mark.usefixtures("one_pass")
@@ -311,9 +313,9 @@ def test_one_pass_with_gradient_for_the_restored_image_alone():
 
 
 def test_accelerators_take_all_references_in_one_pass(monkeypatch):
-    assert module._in_one_pass(torch.device("cuda"))
-    assert not module._in_one_pass(torch.device("cpu"))
-    monkeypatch.setattr(module, "_in_one_pass", lambda device: True)
+    assert module.in_one_pass(torch.device("cuda"))
+    assert not module.in_one_pass(torch.device("cpu"))
+    monkeypatch.setattr(module, "in_one_pass", lambda device: True)
     sizes = []
 
     class Spy(nn.Module):
@@ -448,3 +450,40 @@ def test_inputs_that_do_not_fit(change, message):
 def test_settings_that_cannot_work(setting, value):
     with pytest.raises(ConfigError, match=setting):
         DifficultyAdaptiveLoss(**{setting: value})
+
+
+@pytest.mark.usefixtures("one_pass")
+def test_references_are_computed_once_for_several_restored_images():
+    calls = []
+
+    class Spy(Levels):
+        def forward(self, image):
+            calls.append(len(image))
+            return super().forward(image)
+
+    first, target, degraded, medium, other = images(5)
+    second = 0.9 * first
+    valid = torch.tensor([[1, 0], [0, 1], [1, 1]])
+    other[0] = math.nan  # and so of no sample that has it
+    loss = DifficultyAdaptiveLoss(Spy())
+    expected = [loss(x, target, degraded, [medium, other], valid) for x in (first, second)]
+    calls.clear()
+    references = loss.references(target, degraded, [medium, other], valid)
+    assert sum(calls) == 12
+    calls.clear()
+    for x, value in zip((first, second), expected, strict=True):
+        torch.testing.assert_close(loss.compare(x.requires_grad_(), references), value)
+    assert calls == [3, 3]
+    loss.compare(first, references).backward()
+    assert first.grad.isfinite().all()
+
+
+def test_references_that_do_not_fit_are_refused():
+    first, target, degraded = images(3)
+    loss = DifficultyAdaptiveLoss()
+    with pytest.raises(LossInputError, match=r"degraded has shape .*, target has"):
+        loss.references(target, degraded[:2])
+    with pytest.raises(LossInputError, match=r"a reference has shape .*, restored has"):
+        loss.compare(first[:2], loss.references(target, degraded))
+    gray = [image[:, :1] for image in (first, target, degraded)]
+    torch.testing.assert_close(loss.compare(gray[0], loss.references(*gray[1:])), loss(*gray))

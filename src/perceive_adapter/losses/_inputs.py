@@ -7,13 +7,16 @@ from torch import Tensor
 from perceive_adapter.errors import ConfigError, LossInputError
 
 
-def check_image(name: str, image: Tensor, like: Tensor | None = None) -> Tensor:
+def check_image(
+    name: str, image: Tensor, like: Tensor | None = None, whose: str = "restored"
+) -> Tensor:
     """Return `image` as (B, 3, H, W): a gray one is expanded without a copy.
 
     Args:
         name: what the message calls the image.
         image: (B, 1, H, W) or (B, 3, H, W), floating point, in [0, 1].
         like: an image whose shape and device `image` must share.
+        whose: what the message calls that one.
 
     Raises:
         LossInputError: not a tensor, wrong shape, integer dtype, empty, or unlike `like`.
@@ -31,10 +34,10 @@ def check_image(name: str, image: Tensor, like: Tensor | None = None) -> Tensor:
         )
     if like is not None and shape != tuple(like.shape):
         raise LossInputError(
-            f"{name} has shape {shape}, restored has {tuple(like.shape)}: they must be the same"
+            f"{name} has shape {shape}, {whose} has {tuple(like.shape)}: they must be the same"
         )
     if like is not None and image.device != like.device:
-        raise LossInputError(f"{name} is on {image.device}, restored is on {like.device}")
+        raise LossInputError(f"{name} is on {image.device}, {whose} is on {like.device}")
     return image.expand(-1, 3, -1, -1)
 
 

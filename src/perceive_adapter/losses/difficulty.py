@@ -7,10 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
+from perceive_adapter.losses._distances import (
+    References,
+    distances_in_turn,
+    in_one_pass,
+    stacked_distances,
+)
 from perceive_adapter.losses._frozen import full_precision
 from perceive_adapter.losses._inputs import check_image, check_number
 from perceive_adapter.losses.features import resolve_features
-from perceive_adapter.ops import reference_distances
 
 _MIN_MSE = 1e-10  # a PSNR of 100 dB stands for identical images
 
@@ -126,20 +131,55 @@ class DifficultyAdaptiveLoss(nn.Module):
             LossInputError: shapes, channels, dtypes or devices that do not fit, an empty batch,
                 or features of another number of levels than weights.
         """
-        images = self._checked(restored, target, degraded, medium)
-        mask = _check_valid(valid, len(images) - 3, images[0])
+        images, mask = self._checked([restored, target, degraded, *_listed(medium)], valid)
         with torch.autocast(restored.device.type, enabled=False):
-            images = [full_precision(image) for image in images]
-            image, references = images[0], [reference.detach() for reference in images[1:]]
-            for index, use in enumerate(mask.unbind(1), start=2):
-                references[index] = references[index].where(use[:, None, None, None], references[1])
-            pull, push, scale = self._level_distances(image, references)
-            push_weights = self._push_weights(image.detach(), references, mask)
-            denominator = torch.hypot(
-                (push * push_weights[:, None]).sum(0), self.eps * scale.clamp_min(self.min_distance)
-            )
-            ratio = pull / denominator  # (levels, B)
-            return (self._level_weights(ratio) * ratio).sum(0).mean()
+            image, *references = images
+            levels = self.features(image)
+            if in_one_pass(image.device):
+                distances = stacked_distances(levels, self._stacked_levels(references))
+            else:
+                distances = distances_in_turn(levels, map(self._constant_levels, references))
+            return self._loss(image, references, mask, distances)
+
+    def references(
+        self,
+        target: Tensor,
+        degraded: Tensor,
+        medium: Sequence[Tensor] = (),
+        valid: Tensor | None = None,
+    ) -> References:
+        """Compute the features of images that several restored ones are compared with, once.
+
+        For fixed crops, or for several restored images of one degraded image. Arguments and errors
+        are those of the call.
+
+        Example:
+            >>> loss = DifficultyAdaptiveLoss()
+            >>> target = torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+            >>> references = loss.references(target, target / 2)
+            >>> loss.compare(target / 2, references) == loss(target / 2, target, target / 2)
+            tensor(True)
+        """
+        images, mask = self._checked([target, degraded, *_listed(medium)], valid, restored=False)
+        with torch.autocast(target.device.type, enabled=False):
+            return References(images, mask, self._stacked_levels(images))
+
+    def compare(self, restored: Tensor, references: References) -> Tensor:
+        """Return the loss of restored images against what `references` has computed.
+
+        Args:
+            restored: (B, 3, H, W) or (B, 1, H, W), as the references are; receives the gradient.
+            references: of this loss.
+
+        Raises:
+            LossInputError: the restored images do not fit the references.
+        """
+        image = check_image("restored", restored)
+        check_image("a reference", references.images[0], like=image)
+        with torch.autocast(restored.device.type, enabled=False):
+            image = full_precision(image)
+            distances = stacked_distances(self.features(image), references.levels)
+            return self._loss(image, references.images, references.mask, distances)
 
     def extra_repr(self) -> str:
         """Return the settings, for `repr`."""
@@ -149,33 +189,45 @@ class DifficultyAdaptiveLoss(nn.Module):
         )
 
     def _checked(
-        self, restored: Tensor, target: Tensor, degraded: Tensor, medium: Sequence[Tensor]
-    ) -> list[Tensor]:
-        if isinstance(medium, Tensor):
-            raise LossInputError(
-                f"medium must be a sequence of tensors (B, 3, H, W), got one tensor of shape "
-                f"{tuple(medium.shape)}; pass [medium], or medium.unbind(1) for (B, n, 3, H, W)"
-            )
-        named = {"target": target, "degraded": degraded}
-        named.update((f"medium[{index}]", image) for index, image in enumerate(medium))
-        return [
-            check_image("restored", restored),
-            *(check_image(name, image, like=restored) for name, image in named.items()),
-        ]
+        self, images: list[Tensor], valid: Tensor | None, *, restored: bool = True
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the images in full precision, all but the restored one constant, and the mask."""
+        first = ["restored", "target", "degraded"][not restored :]
+        names = [*first, *(f"medium[{i}]" for i in range(len(images) - len(first)))]
+        checked = [check_image(names[0], images[0])]
+        for name, image in zip(names[1:], images[1:], strict=True):
+            checked.append(check_image(name, image, like=images[0], whose=names[0]))
+        mask = _check_valid(valid, len(images) - len(first), checked[0])
+        found = [full_precision(image) for image in checked]
+        target = len(first) - 2
+        found[target:] = [image.detach() for image in found[target:]]
+        for index, use in enumerate(mask.unbind(1), start=len(first)):
+            found[index] = found[index].where(use[:, None, None, None], found[target + 1])
+        return found, mask
 
-    def _level_distances(
-        self, image: Tensor, references: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return d(R, GT) (L, B), d(R, LQ and mediums) (1 + n, L, B) and d(GT, LQ) (L, B)."""
-        levels = self.features(image)
-        if _in_one_pass(image.device):
-            return _distances_at_once(levels, self._constant_levels(torch.cat(references)))
-        remaining = map(self._constant_levels, references)
-        target, degraded = next(remaining), next(remaining)
-        pull, scale = _distances(levels, target), _distances(target, degraded)
-        push = [_distances(levels, degraded)]
-        push.extend(_distances(levels, medium) for medium in remaining)
-        return pull, torch.stack(push), scale
+    def _loss(
+        self,
+        image: Tensor,
+        references: list[Tensor],
+        mask: Tensor,
+        distances: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        pull, push, scale = distances
+        push_weights = self._push_weights(image.detach(), references, mask)
+        denominator = torch.hypot(
+            (push * push_weights[:, None]).sum(0), self.eps * scale.clamp_min(self.min_distance)
+        )
+        ratio = pull / denominator  # (levels, B)
+        return (self._level_weights(ratio) * ratio).sum(0).mean()
+
+    def _stacked_levels(self, references: list[Tensor]) -> list[Tensor]:
+        """Return the constant levels of all references, each (n, B, ...)."""
+        if in_one_pass(references[0].device):
+            together = self._constant_levels(torch.cat(references))
+            images = len(references[0])
+            return [level.view(-1, images, *level.shape[1:]) for level in together]
+        each = zip(*map(self._constant_levels, references), strict=True)
+        return [torch.stack(list(levels)) for levels in each]
 
     def _constant_levels(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -203,6 +255,15 @@ class DifficultyAdaptiveLoss(nn.Module):
         return ratio.new_tensor(weights).unsqueeze(1)
 
 
+def _listed(medium: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(medium, Tensor):
+        raise LossInputError(
+            f"medium must be a sequence of tensors (B, 3, H, W), got one tensor of shape "
+            f"{tuple(medium.shape)}; pass [medium], or medium.unbind(1) for (B, n, 3, H, W)"
+        )
+    return list(medium)
+
+
 def _check_valid(valid: Tensor | None, medium: int, like: Tensor) -> Tensor:
     shape = (len(like), medium)
     if valid is None:
@@ -213,39 +274,6 @@ def _check_valid(valid: Tensor | None, medium: int, like: Tensor) -> Tensor:
             f"valid must be a tensor of shape {shape} (batch, medium images), got {got}"
         )
     return valid.to(like.device) != 0
-
-
-def _in_one_pass(device: torch.device) -> bool:
-    """Whether all references go through the network as one batch.
-
-    An accelerator wants few large launches; on a CPU one reference at a time stays in its caches
-    and frees its features early, which is faster by a sixth and takes less memory.
-    """
-    return device.type != "cpu"
-
-
-def _distances_at_once(
-    levels: Sequence[Tensor], references: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `_level_distances` does, of references that lie along the batch."""
-    images = len(levels[0])
-    found, scale = [], []
-    for level, of_all in zip(levels, references, strict=True):
-        each = full_precision(of_all).view(-1, images, *of_all.shape[1:])
-        found.append(reference_distances(full_precision(level), each))
-        scale.append(_distance(each[0], each[1]))
-    distances = torch.stack(found, dim=1)  # (2 + n, L, B)
-    return distances[0], distances[1:], torch.stack(scale)
-
-
-def _distances(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Return the distance per level and sample, (L, B)."""
-    return torch.stack([_distance(a, b) for a, b in zip(first, second, strict=True)])
-
-
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """Return the mean absolute difference per sample, (B,)."""
-    return (full_precision(first) - full_precision(second)).abs().flatten(1).mean(1)
 
 
 def psnr(image: Tensor, target: Tensor) -> Tensor:
