@@ -342,3 +342,11 @@ def test_restoring_leaves_no_gradient_and_no_fold_behind(model: PerceiveModel) -
     model.restore(torch.rand(3, 32, 32))
     assert [id(p) for p in model.parameters()] == parameters
     assert model(torch.rand(1, 3, 32, 32)).requires_grad
+
+
+def test_of_images_at_several_scales_the_full_one_is_restored() -> None:
+    model, image = wrapped("scales"), CASES["scales"].images(1)
+    _, full = model(image)
+    restored = model.restore(image)
+    assert restored.shape == image.shape
+    torch.testing.assert_close(restored, full, rtol=0, atol=1e-5)

@@ -269,6 +269,48 @@ class NoiseLevel(Isotropic):
         return image + self.tail(self.body(x))
 
 
+class Inpaints(UShape):
+    """A mask beside the image says where there is nothing to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intro = conv(4, 8)
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        kept = image * (1 - mask)
+        one = self.enc1(self.intro(torch.cat([kept, mask], 1)))
+        two = self.enc2(self.down1(one))
+        x = self.dec2(self.up2(self.middle(self.down2(two))) + two)
+        return kept + mask * self.ending(self.dec1(self.up1(x) + one))
+
+
+class Scales(UShape):
+    """Gives the image at half its size, too, as networks that are trained at several scales do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_small = conv(16, 3)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        one = self.enc1(self.intro(image))
+        two = self.enc2(self.down1(one))
+        x = self.dec2(self.up2(self.middle(self.down2(two))) + two)
+        small = F.avg_pool2d(image, 2) + self.to_small(x)
+        return [small, image + self.ending(self.dec1(self.up1(x) + one))]
+
+
+class Stages(nn.Module):
+    """One network after another, each of which restores; the last one's image comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = UShape(), UShape()
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        one = self.first(image)
+        return [self.second(one), one]
+
+
 class WritesInput(Isotropic):
     """Multiplies its input in place, as RCAN does."""
 
@@ -487,6 +529,12 @@ def _noise_example() -> tuple[Tensor, ...]:
     return torch.full((1,), 0.5), image, torch.full((1, 1, 64, 64), 0.1)
 
 
+def _masked(image: Tensor) -> tuple[Tensor, Tensor]:
+    mask = torch.zeros_like(image[:, :1])
+    mask[..., : image.shape[-1] // 2] = 1
+    return image, mask
+
+
 def _with_noise(net: nn.Module, image: Tensor) -> Any:
     return net(image.new_full(image.shape[:1], 0.5), image, torch.full_like(image[:, :1], 0.1))
 
@@ -518,6 +566,13 @@ TOYS = {
     "noise_level": Case(
         NoiseLevel, wrap={"image_arg": 1, "example": _noise_example()}, call=_with_noise
     ),
+    "mask": Case(
+        Inpaints,
+        wrap={"example": _masked(torch.rand(1, 3, 64, 64))},
+        call=lambda net, image: net(*_masked(image)),
+    ),
+    "scales": Case(Scales, read=lambda out: out[1]),
+    "stages": Case(Stages, read=lambda out: out[0]),
     "writes_input": Case(WritesInput),
     "writes_features": Case(WritesFeatures),
     "reparametrized": Case(Reparametrized),

@@ -235,16 +235,21 @@ def _fingerprint(features: Tensor) -> Tensor:
 
 
 def image_in(output: Any, batch: int) -> Tensor:
-    """Find the restored image in what a backbone returned: the first (B, C, H, W) tensor.
+    """Find the restored image in what a backbone returned: the largest (B, C, H, W) tensor.
 
-    Tuples, lists, mappings and dataclasses are searched in their own order.
+    Tuples, lists, mappings and dataclasses are searched in their own order; of stages of one size
+    the first is taken, of images at several scales the full one.
 
     Raises:
         BackboneError: there is none.
     """
-    for tensor in _tensors(output):
-        if tensor.ndim == 4 and tensor.shape[0] == batch and tensor.is_floating_point():
-            return tensor
+    images = [
+        tensor
+        for tensor in _tensors(output)
+        if tensor.ndim == 4 and tensor.shape[0] == batch and tensor.is_floating_point()
+    ]
+    if images:
+        return max(images, key=lambda image: image.shape[-2:].numel())
     raise BackboneError(
         f"the backbone returned {_describe(output)}, and no floating-point tensor "
         f"({batch}, C, H, W) is in it; wrap a network that maps a degraded to a restored image"

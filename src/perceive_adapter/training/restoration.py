@@ -87,7 +87,7 @@ class RestorationStep(nn.Module):
             raise BackboneError(
                 f"the network restores {tuple(samples.degraded.shape)} to {tuple(restored.shape)}, "
                 f"and the targets are {tuple(samples.target.shape)}: expected images of the same "
-                "size. Wrap what returns the restored image first, and no upscaler."
+                "size. Wrap what returns the restored image, and no upscaler."
             )
         return restored
 
