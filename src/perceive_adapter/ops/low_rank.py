@@ -57,7 +57,7 @@ def _by_batched_product(
 ) -> Tensor:
     """The same of (B, C, N) and (B, R, N), in the memory format of ``wide``."""
     product = Tensor.baddbmm_ if in_place else torch.baddbmm
-    gated = (up * gate[:, None]).to(wide.dtype).expand(len(wide), -1, -1)
+    gated = (up * gate[:, None]).to(wide.dtype).expand(wide.shape[0], -1, -1)
     if wide.stride(1) == 1:
         dense = wide.transpose(1, 2), narrow.transpose(1, 2), gated.transpose(1, 2)
         return product(*dense).transpose(1, 2)

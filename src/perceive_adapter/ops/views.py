@@ -27,4 +27,4 @@ def like_before(rows: Tensor, features: Tensor, channel_axis: int) -> Tensor:
     # looks for the memory format: so the dense side first.
     spatial = features.shape[2:] if channel_axis == 1 else features.shape[1:-1]
     dense = rows.transpose(1, 2)
-    return dense.view(len(rows), *spatial, rows.shape[1]).movedim(-1, channel_axis)
+    return dense.view(rows.shape[0], *spatial, rows.shape[1]).movedim(-1, channel_axis)

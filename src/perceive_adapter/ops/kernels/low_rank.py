@@ -80,7 +80,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two products with a matrix of few columns, which the library for them does well."""
     low, up, gate = ctx.saved_tensors
-    gated = (up * gate[:, None]).to(grad.dtype).expand(len(grad), -1, -1)
+    gated = (up * gate[:, None]).to(grad.dtype).expand(grad.shape[0], -1, -1)
     grad_low = torch.bmm(gated.transpose(1, 2), grad).to(low.dtype)
     of_gated = torch.bmm(grad, low.transpose(1, 2)).float()  # (B, C, R)
     grad_up = (of_gated * gate[:, None]).sum(0).to(up.dtype)
