@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from perceive_adapter.ops import (
     add_low_rank,
@@ -176,6 +177,14 @@ def test_the_same_bits_twice() -> None:
     ):
         one, two = (torch.autograd.grad(run(), (x, scale), allow_unused=True) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True) if a is not None)
+
+
+def test_the_products_are_counted() -> None:
+    x, low = torch.zeros(2, 5, 3, 4, device=DEVICE), torch.zeros(2, 2, 3, 4, device=DEVICE)
+    up, gate = torch.zeros(5, 2, device=DEVICE), torch.zeros(1, 2, 1, 1, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        add_low_rank(x, low, up, gate)
+    assert counter.get_total_flops() == 2 * 2 * 5 * 2 * 12
 
 
 def test_empty_batches() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from perceive_adapter.ops.dispatch import INTERPRETED
 
@@ -71,6 +73,11 @@ def add_low_rank_rows(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tenso
 @add_low_rank_rows.register_fake
 def _(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+@register_flop_formula(torch.ops.perceive_adapter.add_low_rank)
+def _flops(x: Any, low: Any, up: Any, gate: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * up[1]
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
