@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perceive_adapter.errors import ConfigError
 
-__all__ = ["NAMES", "VARIABLE", "fused", "per_row"]
+__all__ = ["INTERPRETED", "READY", "fused", "per_row"]
 
 NAMES = ("modulate", "add_low_rank", "reference_distances")
 VARIABLE = "PERCEIVE_ADAPTER_KERNELS"
