@@ -10,10 +10,12 @@ photographs that were set aside from DIR/train/clean; every row is then trained 
 reported on DIR/test, whole images in RGB.
 
 Rows that name none take over those of another, so they are measured where that one is at its best.
-Rates are tuned with the NAFNet alone; a Restormer and a SwinIR take them over.
+Rates are tuned with the NAFNet alone; a Restormer and a SwinIR take them over. `--rates` gives
+rates that were tuned elsewhere.
 Every finished run is kept in out/quality under its settings, weights included, so that the command
 goes on where it was stopped. It does not notice changes of the code: delete the folder after them.
-Several processes may share the work, each with its own `--rows`.
+Several processes may share the work, each with its own `--rows`. Sets of real pairs that DIR lacks
+are left out.
 """
 
 import argparse
@@ -85,6 +87,8 @@ class Bench:
     def rate(self, name: str) -> float:
         """Return the row's learning rate, tuned on the validation photographs."""
         like = ROWS[name].like or name
+        if like in self.arguments.rates:
+            return self.arguments.rates[like]
         runs = {rate: self.tuning.run(like, 0, rate) for rate in ROWS[like].rates}
         means = {rate: _mean(run["validation"]) for rate, run in runs.items()}
         return max(means, key=means.__getitem__)
@@ -144,6 +148,7 @@ class Bench:
             objective=row.objective(model),
             perceive=row.told(),
             accelerator=Accelerator(cpu=self.arguments.cpu),
+            workers=self.arguments.workers,
         )
         return model
 
@@ -175,6 +180,14 @@ def _mean(values: dict[str, float]) -> float:
     return sum(values[task] for task in TASKS) / len(TASKS)
 
 
+def rate_of_row(text: str) -> tuple[str, float]:
+    """Read NAME=RATE."""
+    name, _, rate = text.rpartition("=")
+    if name not in ROWS:
+        raise argparse.ArgumentTypeError(f"{name!r} names no row")
+    return name, float(rate)
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -183,9 +196,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--images", type=int, default=16, help="test photographs for each damage")
+    parser.add_argument(
+        "--rates", type=rate_of_row, nargs="+", default=[], metavar="ROW=RATE", help="not tuned"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw samples")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--out", type=Path, help="Markdown file to write the tables to")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.rates = dict(arguments.rates)
+    return arguments
 
 
 def main() -> None:

@@ -62,10 +62,12 @@ def damaged(photos: Sequence[Tensor], tasks: Sequence[str]) -> list[Case]:
 
 
 def real_pairs(data: Path) -> list[Case]:
-    """The pairs of the test folder that no degradation here has made."""
+    """The pairs of the test folder that no degradation here has made, of the sets that it has."""
     cases = []
     unknown = torch.full((1, len(FAMILIES)), torch.nan)
     for group in REAL:
+        if not (data / "test" / group).exists():
+            continue
         pairs = find_pairs(data / "test" / group).pairs
         for pair in pairs[:: max(1, len(pairs) // _REAL_EACH)]:
             degraded, target = (image[None].float() / 255 for image in read_pair(pair))

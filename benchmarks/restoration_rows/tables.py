@@ -26,7 +26,7 @@ def report(bare: dict, rows: dict[str, list[dict]]) -> list[str]:
             spread,
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    groups = (*MIXTURES, *UNSEEN, *REAL)
+    groups = [group for group in (*MIXTURES, *UNSEEN, *REAL) if group in bare["test"]]
     lines += [
         "",
         "Not trained on, but for what a row's name says, and the distance to the bare backbone:",

@@ -103,7 +103,7 @@ def test_switching_off_works_in_a_compiled_model() -> None:
         assert relative(compiled(IMAGE), net(IMAGE)) > 1e-3
         with model.disabled():
             assert torch.equal(compiled(IMAGE), net(IMAGE))
-        assert torch.equal(compiled(IMAGE), model(IMAGE))
+        assert relative(compiled(IMAGE), model(IMAGE)) < 1e-6
 
 
 def test_an_exported_model_perceives_new_images() -> None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from wrapping import moved
 
 from perceive_adapter import AdapterConfig, PerceptionError, plan_sites
-from perceive_adapter.injection.plan import Layout, Site
+from perceive_adapter.injection.branches import Branches
+from perceive_adapter.injection.plan import Geometry, Layout, Site
 from perceive_adapter.injection.prompts import build_prompt
 
 CONFIG = AdapterConfig(level="cross_attention", attention_dim=8, attention_heads=2, rank=2)
@@ -94,10 +95,53 @@ def test_a_branch_is_the_weight_that_folding_makes(layer: str) -> None:
     condition = torch.rand(1, 17)
     source = torch.rand(1, 7, 256) if layer == "linear" else torch.rand(1, 4, 16, 16)
     expected = prompt(module(source), condition, source)
-    folded = prompt.folded(module.weight, condition)
+    folded = Branches({"x": (prompt, 0.0)}).folded(condition[None], {"x": module.weight.detach()})
+    folded = folded["x"]
     assert (folded - module.weight).abs().max() > 0.01
     actual = torch.func.functional_call(module, {"weight": folded}, (source,))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+LAYOUTS = {
+    "nchw": (Layout(), lambda x: x),
+    "channels last": (Layout(), lambda x: x.contiguous(memory_format=torch.channels_last)),
+    "one position": (Layout(), lambda x: x[..., :1, :1].contiguous()),
+    "nhwc": (Layout(0, -1), lambda x: x.permute(0, 2, 3, 1).contiguous()),
+    "tokens": (Layout(0, -1), lambda x: x.flatten(2).transpose(1, 2).contiguous()),
+    "vectors": (Layout(0, -1), lambda x: x[:, :, 0, 0].contiguous()),
+    "sequence first": (Layout(1, -1), lambda x: x.flatten(2).permute(2, 0, 1).contiguous()),
+    "columns": (Layout(1, -1, "minor"), lambda x: x.permute(2, 3, 0, 1).flatten(1, 2)),
+    "rows": (Layout(1, -1), lambda x: x.permute(2, 0, 3, 1).flatten(1, 2)),
+    "windows": (Layout(0, -1), lambda x: x.permute(0, 3, 2, 1).flatten(0, 1)),
+    "alternating": (Layout(0, -1, "minor"), lambda x: x.permute(3, 0, 2, 1).flatten(0, 1)),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_branch_in_any_layout(name: str, batch: int) -> None:
+    layout, lay_out = LAYOUTS[name]
+    walk = Geometry((1, 1), (0, 0), (1, 1), "zeros") if layout == Layout() else None
+    shape = (5, 7, 1, 1) if walk else (5, 7)
+    prompt = build_prompt(
+        Site("x", "layer", 5, 1.0, layout, rank=2, weight_shape=shape, geometry=walk), CONFIG
+    )
+    moved(prompt, scale=0.3)
+    features, source, condition = (
+        torch.rand(2, 5, 4, 3),
+        torch.rand(2, 7, 4, 3),
+        torch.rand(batch, 17),
+    )
+    gated = prompt.gated(condition).expand(2, -1, -1)
+    down = prompt.down.weight.flatten(1)
+    expected = lay_out(features + torch.einsum("bcr,rs,bshw->bchw", gated, down, source))
+    features, source = lay_out(features), lay_out(source)
+    strides = features.stride()
+    for in_place in (False, True):
+        with torch.set_grad_enabled(not in_place):
+            actual = prompt(features, condition, source, in_place=in_place)
+        torch.testing.assert_close(actual, expected)
+        assert actual.stride() == strides or actual.shape[2:].numel() == 1
 
 
 def test_rows_of_windows_go_to_their_images() -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from perceive_adapter.injection.injector import PromptInjector, PromptSite
-from perceive_adapter.injection.prompts import Foldable
+from perceive_adapter.injection.injector import PromptInjector
 
 __all__ = ["folded_weights"]
 
@@ -29,20 +27,27 @@ def folded_weights(injector: PromptInjector, condition: Tensor) -> Iterator[None
             to it that one thread at a time runs its backbone.
         condition: (1, L, C + 1).
     """
-    swapped: list[tuple[nn.Module, PromptSite, nn.Parameter]] = []
+    layers = {
+        prompt.site.name: (injector.module_at(prompt.site), prompt)
+        for prompt in injector.prompt_sites
+        if prompt.foldable
+    }
+    originals = {
+        name: weight
+        for name, (module, _) in layers.items()
+        if (weight := module._parameters.get("weight")) is not None
+    }
+    folded = injector.branches.folded(condition, originals)
+    swapped: list[str] = []
     try:
-        for prompt in injector.prompt_sites:
-            module = injector.module_at(prompt.site)
-            original = module._parameters.get("weight") if prompt.foldable else None
-            if original is None or not isinstance(prompt.prompt, Foldable):
-                continue
-            with torch.no_grad():
-                weight = prompt.prompt.folded(original, prompt.at_depth(condition))
-            module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-            prompt.folded, prompt.folded_at = True, weight.data_ptr()
-            swapped.append((module, prompt, original))
+        for name, together in folded.items():
+            module, prompt = layers[name]
+            module._parameters["weight"] = nn.Parameter(together, requires_grad=False)
+            prompt.folded, prompt.folded_at = True, together.data_ptr()
+            swapped.append(name)
         yield
     finally:
-        for module, prompt, original in swapped:
-            module._parameters["weight"] = original
+        for name in swapped:
+            module, prompt = layers[name]
+            module._parameters["weight"] = originals[name]
             prompt.folded = False

@@ -19,10 +19,17 @@ from perceive_adapter.errors import (
     PerceptionError,
     SiteError,
 )
+from perceive_adapter.injection.branches import Branches
 from perceive_adapter.injection.condition import ConditionEncoder
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
-from perceive_adapter.injection.prompts import Foldable, build_prompt, is_dense, weight_shape
+from perceive_adapter.injection.prompts import (
+    GatedLowRank,
+    at_depth,
+    build_prompt,
+    is_dense,
+    weight_shape,
+)
 from perceive_adapter.injection.state import ConditionState, Lock
 
 __all__ = ["PromptInjector", "check_backbone", "modules_at"]
@@ -39,7 +46,7 @@ class PromptSite(nn.Module):
         self.prompt = build_prompt(site, config)
         self.state = state
         self.depth = depth
-        self.foldable = isinstance(self.prompt, Foldable)
+        self.foldable = isinstance(self.prompt, GatedLowRank)
         self.folded = False
         self.folded_at = 0
 
@@ -48,15 +55,18 @@ class PromptSite(nn.Module):
         if not self.state.enabled or self._is_folded(module):
             return None
         source = args[0] if args else output
-        told = {"in_place": True} if self.foldable and self._is_alone(module) else {}
-        changed: Tensor = self.prompt(output, self.condition(), source, **told)
+        condition = self.state.current()
+        told: dict[str, Any] = {}
+        if self.foldable and not torch.compiler.is_compiling():
+            told["gated"] = self.state.gated.get(self.site.name)
+            told["in_place"] = self._is_alone(module)
+        changed: Tensor = self.prompt(output, at_depth(condition, self.depth), source, **told)
         return changed
 
     def _is_alone(self, module: nn.Module) -> bool:
         """Whether nobody else has seen the module's output, so that it may be written over."""
         return (
-            not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
             and type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
             and len(module._forward_hooks) == 1
         )
@@ -67,16 +77,6 @@ class PromptSite(nn.Module):
             return self.folded
         weight = module._parameters.get("weight")
         return weight is not None and weight.data_ptr() == self.folded_at
-
-    def condition(self) -> Tensor:
-        """Return what this site sees of the condition, (B, C + 1): the vector of its depth."""
-        return self.at_depth(self.state.current())
-
-    def at_depth(self, condition: Tensor) -> Tensor:
-        """Select this site's depth from (B, L, C + 1)."""
-        if condition.shape[1] == 1:  # blocks that are compiled alone can then share their code
-            return condition[:, 0]
-        return condition[:, int(self.depth * condition.shape[1])]
 
 
 class PromptInjector(nn.Module):
@@ -114,6 +114,13 @@ class PromptInjector(nn.Module):
         self.encoder = ConditionEncoder(self.config, plan.image_channels)
         self.levels = self._sites("level")
         self.layers = self._sites("layer")
+        self.branches = Branches(
+            {
+                prompt.site.name: (prompt.prompt, prompt.depth)
+                for prompt in self.prompt_sites
+                if isinstance(prompt.prompt, GatedLowRank)
+            }
+        )
         self.attached = False
         self._handles: list[RemovableHandle] = []
         self._hooked: dict[tuple[str, str], nn.Module] = {}
@@ -206,6 +213,8 @@ class PromptInjector(nn.Module):
     def arm(self, condition: Tensor) -> None:
         """Set the condition (B, L, C + 1) for the forward pass that follows."""
         self.state.arm(condition)
+        if not torch.compiler.is_compiling():
+            self.state.gated = self.branches.gated(self.state.current())
 
     def disarm(self) -> None:
         """End the forward pass; its backward pass still finds the condition."""

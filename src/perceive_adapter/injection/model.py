@@ -240,7 +240,7 @@ class PerceiveModel(nn.Module):
             try:
                 with folded_weights(injector, condition), torch.no_grad():
                     self._folded = perception
-                    injector.arm(condition)
+                    injector.state.arm(condition)
                     yield
             finally:
                 self._folded = None

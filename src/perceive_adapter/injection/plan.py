@@ -57,22 +57,64 @@ class Layout:
         Raises:
             PerceptionError: the batch axis is no multiple of B.
         """
-        rows, images = features.shape[self.batch_axis], value.shape[0]
-        if images not in (1, rows):
-            if rows % images:
-                raise PerceptionError(
-                    f"the perception is of {images} images, and a site sees {rows} rows, which is "
-                    f"no multiple of it; give one perception for each image of the batch"
-                )
-            times = rows // images
-            value = (
-                value.repeat_interleave(times, dim=0)
-                if self.order == "major"
-                else value.repeat(times, 1)
-            )
+        value = self._of_rows(value, features.shape[self.batch_axis])
         shape = [1] * features.ndim
         shape[self.batch_axis], shape[self.channel_axis] = value.shape
         return value.view(shape)
+
+    def rows(self, features: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """View a feature map as rows of positions, and give each row the matrix of its image.
+
+        Args:
+            features: feature map whose batch axis holds B images, or a multiple (windows).
+            matrices: (B, ...), B = 1 for one that all images share.
+
+        Returns:
+            (G, C, N), and (G, ...) or (1, ...). G is as small as it can be without a copy.
+
+        Raises:
+            PerceptionError: the batch axis is no multiple of B.
+        """
+        images = matrices.shape[0]
+        if self.channel_axis == 1:
+            wide = features.flatten(2)
+            return wide, self._of_rows(matrices, wide.shape[0])
+        if images == 1 or (self.batch_axis == 0 and self.order == "major"):
+            self._times(images, features.shape[self.batch_axis])
+            return features.reshape(images, -1, features.shape[-1]).transpose(1, 2), matrices
+        tokens = features if self.batch_axis == 0 else features.transpose(0, 1)
+        wide = tokens.flatten(1, -2).transpose(1, 2)
+        return wide, self._of_rows(matrices, wide.shape[0])
+
+    def from_rows(self, rows: Tensor, features: Tensor) -> Tensor:
+        """Give what :meth:`rows` has viewed, or the like in the same order, its shape back."""
+        if self.channel_axis == 1 and rows.stride(1) != 1:
+            return rows.view(features.shape)
+        dense = rows.transpose(1, 2)
+        if self.channel_axis == 1:
+            # A view of one image that is not dense has any stride along the batch, which shows when
+            # torch looks for the memory format: so the dense side first.
+            return dense.view(rows.shape[0], *features.shape[2:], rows.shape[1]).movedim(-1, 1)
+        if self.batch_axis == 1 and rows.shape[0] > 1:
+            dense = dense.transpose(0, 1)
+        return dense.reshape(features.shape)
+
+    def _of_rows(self, value: Tensor, rows: int) -> Tensor:
+        """Repeat what belongs to each image for each of its rows in the batch axis."""
+        times = self._times(value.shape[0], rows)
+        if times == 1 or value.shape[0] == 1:
+            return value
+        if self.order == "major":
+            return value.repeat_interleave(times, dim=0)
+        return value.repeat(times, *[1] * (value.ndim - 1))
+
+    def _times(self, images: int, rows: int) -> int:
+        if images not in (1, rows) and rows % images:
+            raise PerceptionError(
+                f"the perception is of {images} images, and a site sees {rows} rows, which is "
+                f"no multiple of it; give one perception for each image of the batch"
+            )
+        return rows // images
 
     def __str__(self) -> str:
         axes = {(0, 1): "NCHW", (0, -1): "N..C", (1, -1): "LNC"}

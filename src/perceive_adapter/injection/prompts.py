@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.injection.plan import Site
-from perceive_adapter.ops import add_low_rank, modulate
+from perceive_adapter.ops import add_low_rank
 
 __all__ = [
     "ChannelCrossAttention",
-    "Foldable",
     "GatedLowRank",
     "Modulation",
+    "at_depth",
     "build_prompt",
     "is_dense",
     "weight_shape",
@@ -40,21 +40,6 @@ __all__ = [
 
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@runtime_checkable
-class Foldable(Protocol):
-    """A prompt module that, for one condition, is a change of the hooked layer's weight."""
-
-    def __call__(
-        self, features: Tensor, condition: Tensor, source: Tensor, *, in_place: bool = False
-    ) -> Tensor:
-        """Add to the features, into the same memory if that is told."""
-        ...
-
-    def folded(self, weight: Tensor, condition: Tensor) -> Tensor:
-        """Return the weight that acts as layer and branch together, in ``weight``'s dtype."""
-        ...
 
 
 class Modulation(nn.Module):
@@ -78,7 +63,7 @@ class Modulation(nn.Module):
         gamma, beta = self.to_scale_shift(condition).chunk(2, dim=1)
         scale = self.layout.spread(1 + gamma, features)
         shift = self.layout.spread(beta, features)
-        return modulate(features, scale, shift, self.layout.channel_axis)
+        return torch.addcmul(shift, features, scale).to(features.dtype)
 
 
 class ChannelCrossAttention(nn.Module):
@@ -158,21 +143,45 @@ class GatedLowRank(nn.Module):
         nn.init.ones_(self.gate.weight[:, -1])
 
     def forward(
-        self, features: Tensor, condition: Tensor, source: Tensor, *, in_place: bool = False
+        self,
+        features: Tensor,
+        condition: Tensor,
+        source: Tensor,
+        *,
+        gated: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """Add the branch's output to the layer's, into the same memory if that is told."""
-        low: Tensor = self.down(source.to(self.down.weight.dtype))
-        gate = self.layout.spread(self.gate(condition), low)
-        axis = self.layout.channel_axis
-        return add_low_rank(features, low, self.up.weight, gate, axis, in_place=in_place)
+        """Add the branch's output to the layer's.
 
-    def folded(self, weight: Tensor, condition: Tensor) -> Tensor:
-        """Return ``weight + up diag(gate) down`` for a condition (1, C + 1)."""
-        gate = self.gate(condition).squeeze(0)
-        up = self.up.weight.flatten(1) * gate
-        branch = up @ self.down.weight.flatten(1)
-        folded: Tensor = (weight + branch.view(weight.shape)).to(weight.dtype)
-        return folded
+        Args:
+            features: the layer's output.
+            condition: (B, C + 1), of which the gate is made.
+            source: the layer's input.
+            gated: (B, channels, R), what :meth:`gated` gives for the condition, where it is known.
+            in_place: the features may be written over; not where gradients are wanted.
+        """
+        low: Tensor = self.down(source.to(self.down.weight.dtype))
+        matrices = self.gated(condition) if gated is None else gated
+        wide, of_rows = self.layout.rows(features, matrices)
+        narrow, _ = self.layout.rows(low, matrices)
+        if wide.shape[2] == 1 or (self.layout.batch_axis == 1 and wide.shape[0] > 1):
+            # Only a sum by elements has the strides that the features have.
+            raised = torch.matmul(of_rows.to(narrow.dtype), narrow)
+            return features + self.layout.from_rows(raised, features).to(features.dtype)
+        rows = add_low_rank(wide, narrow, of_rows, in_place=in_place)
+        return self.layout.from_rows(rows, features)
+
+    def gated(self, condition: Tensor) -> Tensor:
+        """Return ``up diag(gate)`` for each image, (B, channels, R)."""
+        gated: Tensor = self.up.weight.flatten(1) * self.gate(condition)[:, None]
+        return gated
+
+
+def at_depth(condition: Tensor, depth: float) -> Tensor:
+    """Select of (B, L, ...) the depth, in [0, 1), that a prompt module is at."""
+    if condition.shape[1] == 1:  # blocks that are compiled alone can then share their code
+        return condition[:, 0]
+    return condition[:, int(depth * condition.shape[1])]
 
 
 def build_prompt(site: Site, config: AdapterConfig) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, cast
 from weakref import WeakSet
@@ -30,6 +31,9 @@ class ConditionState:
         self.enabled = True
         self.armed = False
         self.condition: Tensor | None = None
+        self.gated: Mapping[
+            str, Tensor
+        ] = {}  # what low-rank branches need of it, where it is known
         self.pending: WeakSet[ForwardPass] = WeakSet()
 
     def arm(self, condition: Tensor) -> None:
@@ -38,7 +42,7 @@ class ConditionState:
             this = ForwardPass()
             self.pending.add(this)
             condition = cast(Tensor, _Watched.apply(condition, this))
-        self.condition = condition
+        self.condition, self.gated = condition, {}
         self.armed = True
 
     def current(self) -> Tensor:

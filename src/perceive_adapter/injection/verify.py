@@ -121,7 +121,8 @@ def _gradients(
     for prompt, group in zip(injector.prompt_sites, parameters, strict=True):
         own = [next(gradients) for _ in group]
         known = [gradient for gradient in own if gradient is not None]
-        result[prompt.site] = any(bool(g.any()) for g in known) if known else None
+        whole = len(known) == len(own)  # branches of one shape share a graph, up to their `down`
+        result[prompt.site] = any(bool(g.any()) for g in known) if whole else None
     return result
 
 

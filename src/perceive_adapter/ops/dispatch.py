@@ -10,9 +10,9 @@ from torch import Tensor
 
 from perceive_adapter.errors import ConfigError
 
-__all__ = ["INTERPRETED", "READY", "fused", "per_row"]
+__all__ = ["INTERPRETED", "READY", "fused"]
 
-NAMES = ("modulate", "add_low_rank", "reference_distances")
+NAMES = ("add_low_rank", "reference_distances")
 VARIABLE = "PERCEIVE_ADAPTER_KERNELS"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,20 +39,14 @@ _ALLOWED = _allowed(os.environ.get(VARIABLE, ",".join(NAMES)))
 READY = _ALLOWED if _THERE and (INTERPRETED or torch.cuda.device_count() > 0) else frozenset()
 
 
+# Bytes of features below which, outside torch.compile, a kernel saves less than its launch takes.
+LARGE = {"add_low_rank": 2**25, "reference_distances": 2**23}
+
+
 def fused(name: str, *tensors: Tensor) -> bool:
-    """Tell whether an operation on these tensors runs as a kernel."""
-    return name in READY and all(
-        (INTERPRETED or tensor.is_cuda) and tensor.dtype in _DTYPES for tensor in tensors
+    """Tell whether an operation on these tensors, the features first, runs as a kernel."""
+    return (
+        name in READY
+        and all((INTERPRETED or tensor.is_cuda) and tensor.dtype in _DTYPES for tensor in tensors)
+        and (INTERPRETED or torch.compiler.is_compiling() or tensors[0].nbytes >= LARGE[name])
     )
-
-
-def per_row(value: Tensor, features: Tensor, channel_axis: int) -> bool:
-    """Tell whether a value broadcasts over features by row and channel alone.
-
-    Args:
-        value: of as many axes as the features.
-        features: (B, C, ...) or (B, ..., C).
-        channel_axis: 1 or -1.
-    """
-    others = set(range(1, features.ndim)) - {channel_axis % features.ndim}
-    return value.shape[0] in (1, features.shape[0]) and all(value.shape[i] == 1 for i in others)

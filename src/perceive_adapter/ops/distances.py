@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perceive_adapter.ops.dispatch import fused
+from perceive_adapter.ops.dispatch import READY, fused
 
-if fused("reference_distances"):
+if "reference_distances" in READY:
     from perceive_adapter.ops.kernels.distances import distances_to_rows
 
 __all__ = ["reference_distances"]
@@ -34,13 +34,15 @@ def reference_distances(features: Tensor, references: Tensor) -> Tensor:
         (n, B).
     """
     references = references.detach()
-    if not references.numel() or (torch.compiler.is_compiling() and not features.is_cuda):
+    if not references.numel():
         return reference(features, references)
     if features.ndim == 4 and features.stride(1) == 1:  # in the order that memory has
         features, references = features.movedim(1, -1), references.movedim(2, -1)
     rows, of_all = features.flatten(1), references.flatten(2)
     if fused("reference_distances", features, references):
         return distances_to_rows(rows, of_all)
+    if features.device.type != "cpu" or torch.compiler.is_compiling():
+        return reference(rows, of_all)
     found: Tensor = _InBlocks.apply(rows, of_all)
     return found
 

@@ -3,69 +3,45 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from perceive_adapter.ops.dispatch import fused, per_row
-from perceive_adapter.ops.views import as_rows, like_before
+from perceive_adapter.ops.dispatch import READY, fused
 
-if fused("add_low_rank"):
-    from perceive_adapter.ops.kernels.low_rank import MAX_RANK, add_low_rank_rows
+if "add_low_rank" in READY:
+    from perceive_adapter.ops.kernels.low_rank import add_product, takes
 
 __all__ = ["add_low_rank"]
 
 
-def add_low_rank(
-    features: Tensor,
-    low: Tensor,
-    up: Tensor,
-    gate: Tensor,
-    channel_axis: int = 1,
-    *,
-    in_place: bool = False,
-) -> Tensor:
-    """Return ``features + up (gate * low)``, over the channels of every position.
+def add_low_rank(features: Tensor, low: Tensor, gated: Tensor, *, in_place: bool = False) -> Tensor:
+    """Return ``features + gated @ low``, in the memory format of the features.
 
-    The gate goes into the small matrix ``up``, so that neither the gated nor the raised features
-    are ever written.
+    What is raised to all channels is never written by itself. On a GPU one kernel reads the
+    features once and writes the sum, and its backward pass reads the gradient once.
 
     Args:
-        features: (B, C, H, W) or (B, ..., C), the layer's output.
-        low: the same in R channels.
-        up: (C, R), or (C, R, 1, 1) as a convolution has it.
-        gate: broadcasts over ``low``, such as (B, R, 1, 1) or (1, 1, R).
-        channel_axis: 1 or -1.
-        in_place: the features may be written over, which saves a copy of them; not where gradients
-            are wanted.
+        features: (B, C, N) of any strides, the layer's output.
+        low: (B, R, N), the low-rank features.
+        gated: (B, C, R), or (1, C, R) for all; cast to the features' dtype.
+        in_place: the features may be written over, which saves a copy of them on a CPU; not where
+            gradients are wanted.
 
     Source: LoRA, https://arxiv.org/abs/2106.09685, equation 3, with a gate between both factors.
     """
-    if features.ndim < 3 or low.dtype != features.dtype or not per_row(gate, low, channel_axis):
-        return reference(features, low, up, gate)
-    wide, narrow = as_rows(features, channel_axis), as_rows(low, channel_axis)
-    if wide.shape[2] == 1:  # one position does not show the memory format
-        return reference(features, low, up, gate)
-    if fused("add_low_rank", features, low, up, gate) and up.shape[1] <= MAX_RANK:
-        rows = add_low_rank_rows(wide, narrow, up.flatten(1), gate.flatten(1))
-    else:
-        rows = _by_batched_product(wide, narrow, up.flatten(1), gate.flatten(1), in_place)
-    return like_before(rows, features, channel_axis)
-
-
-def _by_batched_product(
-    wide: Tensor, narrow: Tensor, up: Tensor, gate: Tensor, in_place: bool
-) -> Tensor:
-    """The same of (B, C, N) and (B, R, N), in the memory format of ``wide``."""
+    gated = gated.to(low.dtype).expand(features.shape[0], -1, -1)
+    if low.dtype != features.dtype:  # an adapter in single precision beside a network in half
+        return features + torch.bmm(gated, low).to(features.dtype)
+    if fused("add_low_rank", features, low) and takes(features, low):
+        fused_sum: Tensor = add_product(features, low, gated)
+        return fused_sum
     product = Tensor.baddbmm_ if in_place else torch.baddbmm
-    gated = (up * gate[:, None]).to(wide.dtype).expand(wide.shape[0], -1, -1)
-    if wide.stride(1) == 1:
-        dense = wide.transpose(1, 2), narrow.transpose(1, 2), gated.transpose(1, 2)
-        return product(*dense).transpose(1, 2)
-    return product(wide, gated, narrow)
+    if features.stride(1) == 1:
+        dense = (x.transpose(1, 2) for x in (features, low, gated))
+        wide, narrow, matrices = dense
+        return product(wide, narrow, matrices).transpose(1, 2)
+    return product(features, gated, low)
 
 
-def reference(features: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    """The same, step by step, for all layouts and dtypes."""
-    gated, up = low * gate.to(low.dtype), up.to(low.dtype)
-    raised = F.linear(gated, up) if up.ndim == 2 else F.conv2d(gated, up)
-    return features + raised.to(features.dtype)
+def reference(features: Tensor, low: Tensor, gated: Tensor) -> Tensor:
+    """The same, step by step."""
+    return features + torch.bmm(gated.expand(features.shape[0], -1, -1), low)

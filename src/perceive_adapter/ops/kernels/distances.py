@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceive_adapter.ops.kernels.sums import summed
+
 __all__ = ["distances_to_rows"]
 
-_BLOCK = 2048
-_SPLITS = 256  # parts of M that the sums are computed in, at most
+_BLOCK, _BLOCK_BACKWARD = 8192, 4096  # numbers of all references that a program holds at once
+_PROGRAMS = 1024  # of the forward pass, about: eight for each multiprocessor of a large GPU
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def _forward(
         other = tl.load(place, mask=mask, other=0).to(tl.float32)
         total += tl.where(mask, tl.abs(x[None, :] - other), 0.0)
     place = sums_ptr + (split * count + n) * batch + row
-    tl.store(place, tl.sum(total, axis=1), mask=n < count)
+    tl.store(place, tl.sum(total, axis=1) / size, mask=n < count)
 
 
 @triton.jit
@@ -56,34 +58,29 @@ def _backward(
     tl.store(grad_x_ptr + row * size + m, pulled.to(grad_x_ptr.dtype.element_ty), mask=m < size)
 
 
-def _blocks(references: Tensor) -> tuple[int, int]:
+def _blocks(references: Tensor, numbers: int) -> tuple[int, int]:
     count = triton.next_power_of_2(references.shape[0])
-    return count, max(128, _BLOCK // count)
+    return count, max(128, numbers // count)
 
 
 @torch.library.custom_op("perceive_adapter::distances", mutates_args=())
-def _distances(x: Tensor, references: Tensor) -> Tensor:
+def _measure(x: Tensor, references: Tensor) -> Tensor:
     count, batch, size = references.shape
-    block_n, block = _blocks(references)
-    splits = min(_SPLITS, triton.cdiv(size, block))
+    block_n, block = _blocks(references, _BLOCK)
+    splits = min(triton.cdiv(_PROGRAMS, batch), triton.cdiv(size, block))
     sums = x.new_empty((splits, count, batch), dtype=torch.float32)
     _forward[(batch * splits,)](
         x, references, sums, count, batch, size, splits,
         x.stride(0), references.stride(0), references.stride(1),
         BLOCK_N=block_n, BLOCK=block,
     )  # fmt: skip
-    return sums.sum(0) / size
-
-
-@_distances.register_fake
-def _(x: Tensor, references: Tensor) -> Tensor:
-    return x.new_empty(references.shape[:2], dtype=torch.float32)
+    return summed(sums, torch.float32)
 
 
 @torch.library.custom_op("perceive_adapter::distances_backward", mutates_args=())
-def _distances_backward(grad: Tensor, x: Tensor, references: Tensor) -> Tensor:
+def _gradient(grad: Tensor, x: Tensor, references: Tensor) -> Tensor:
     count, batch, size = references.shape
-    block_n, block = _blocks(references)
+    block_n, block = _blocks(references, _BLOCK_BACKWARD)
     tiles = triton.cdiv(size, block)
     grad_x = x.new_empty((batch, size))
     _backward[(batch * tiles,)](
@@ -94,7 +91,12 @@ def _distances_backward(grad: Tensor, x: Tensor, references: Tensor) -> Tensor:
     return grad_x
 
 
-@_distances_backward.register_fake
+@_measure.register_fake
+def _(x: Tensor, references: Tensor) -> Tensor:
+    return x.new_empty(references.shape[:2], dtype=torch.float32)
+
+
+@_gradient.register_fake
 def _(grad: Tensor, x: Tensor, references: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -104,15 +106,15 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _distances_backward(grad.contiguous(), *ctx.saved_tensors), None
+    return _gradient(grad.contiguous(), *ctx.saved_tensors), None
 
 
-_distances.register_autograd(_differentiate, setup_context=_keep)
+_measure.register_autograd(_differentiate, setup_context=_keep)
 
 
 def distances_to_rows(x: Tensor, references: Tensor) -> Tensor:
     """Return (n, B) in single precision; x (B, M), references (n, B, M)."""
-    return _distances(_dense(x), _dense(references))
+    return _measure(_dense(x), _dense(references))
 
 
 def _dense(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``features + up diag(gate) low`` of (B, C, N) and (B, R, N)."""
+"""``features + gated @ low`` of (B, C, N), (B, C, R) and (B, R, N)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from perceive_adapter.ops.dispatch import INTERPRETED
+from perceive_adapter.ops.kernels.sums import summed
 
-__all__ = ["MAX_RANK", "add_low_rank_rows"]
+__all__ = ["add_product", "takes"]
 
-MAX_RANK = 64
+_MAX_RANK, _MAX_CHANNELS = 64, 1024
 _LEAST = 16  # the smallest side of a matrix that tensor cores take
+_PROGRAMS = 512  # of the backward pass, about: four for each multiprocessor of a large GPU
 
 
 @triton.jit
 def _forward(
-    x_ptr, low_ptr, up_ptr, gate_ptr, out_ptr,
+    x_ptr, low_ptr, gated_ptr, out_ptr,
     channels, positions, rank,
-    x_b, x_c, x_n, out_b, out_c, out_n, low_b, low_r, low_n, up_c, up_r, gate_b, gate_r,
+    x_b, x_c, x_n, out_b, out_c, out_n, low_b, low_r, low_n, gated_b, gated_c, gated_r,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(positions, BLOCK_N)
@@ -35,12 +37,10 @@ def _forward(
     c = program % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     r = tl.arange(0, BLOCK_R).to(tl.int64)
     in_c, in_n, in_r = c < channels, n < positions, r < rank
-    gate = tl.load(gate_ptr + row * gate_b + r * gate_r, mask=in_r, other=0).to(tl.float32)
-    place = up_ptr + c[:, None] * up_c + r[None, :] * up_r
-    up = tl.load(place, mask=in_c[:, None] & in_r[None, :], other=0).to(tl.float32)
+    place = gated_ptr + row * gated_b + c[:, None] * gated_c + r[None, :] * gated_r
+    gated = tl.load(place, mask=in_c[:, None] & in_r[None, :], other=0)
     place = low_ptr + row * low_b + r[:, None] * low_r + n[None, :] * low_n
     low = tl.load(place, mask=in_r[:, None] & in_n[None, :], other=0)
-    gated = (up * gate[None, :]).to(low.dtype)
     if WIDE:
         gated, low = gated.to(tl.float32), low.to(tl.float32)
     raised = tl.dot(gated, low, input_precision="ieee")
@@ -50,51 +50,109 @@ def _forward(
     tl.store(place, (x.to(tl.float32) + raised).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _backward(
+    grad_ptr, low_ptr, gated_ptr, of_low_ptr, sums_ptr,
+    channels, positions, rank, splits, batch,
+    grad_b, grad_c, grad_n, low_b, low_r, low_n, of_low_b, of_low_r, of_low_n,
+    gated_b, gated_c, gated_r,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row, split = program // splits, program % splits
+    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    in_c, in_r = c < channels, r < rank
+    from_gated = gated_ptr + row * gated_b + c[None, :] * gated_c + r[:, None] * gated_r
+    gated = tl.load(from_gated, mask=in_r[:, None] & in_c[None, :], other=0)
+    if WIDE:
+        gated = gated.to(tl.float32)
+    of_gated = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
+    for tile in range(split, tl.cdiv(positions, BLOCK_N), splits):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        in_n = n < positions
+        from_grad = grad_ptr + row * grad_b + c[:, None] * grad_c + n[None, :] * grad_n
+        grad = tl.load(from_grad, mask=in_c[:, None] & in_n[None, :], other=0)
+        from_low = low_ptr + row * low_b + n[:, None] * low_n + r[None, :] * low_r
+        low = tl.load(from_low, mask=in_n[:, None] & in_r[None, :], other=0)
+        if WIDE:
+            grad, low = grad.to(tl.float32), low.to(tl.float32)
+        of_gated += tl.dot(grad, low, input_precision="ieee")
+        of_low = tl.dot(gated, grad, input_precision="ieee").to(of_low_ptr.dtype.element_ty)
+        to_low = of_low_ptr + row * of_low_b + r[:, None] * of_low_r + n[None, :] * of_low_n
+        tl.store(to_low, of_low, mask=in_r[:, None] & in_n[None, :])
+    to_sums = sums_ptr + (split * batch + row) * channels * rank + c[:, None] * rank + r[None, :]
+    tl.store(to_sums, of_gated, mask=in_c[:, None] & in_r[None, :])
+
+
+def _block(size: int, largest: int) -> int:
+    return min(largest, max(_LEAST, triton.next_power_of_2(size)))
+
+
 @torch.library.custom_op("perceive_adapter::add_low_rank", mutates_args=())
-def add_low_rank_rows(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    """Add the branch; x (B, C, N), low (B, R, N), up (C, R), gate (B or 1, R)."""
+def add_product(x: Tensor, low: Tensor, gated: Tensor) -> Tensor:
+    """Return ``x + gated @ low``; x (B, C, N), low (B, R, N), gated (B, C, R), all of one dtype."""
     out = torch.empty_like(x)
     if x.numel():
         batch, channels, positions = x.shape
-        block_r = max(_LEAST, triton.next_power_of_2(up.shape[1]))
-        block_c = min(64, max(_LEAST, triton.next_power_of_2(channels)))
-        block_n = min(128, max(_LEAST, triton.next_power_of_2(positions)))
+        block_c, block_n = _block(channels, 64), _block(positions, 64)
         grid = (batch * triton.cdiv(channels, block_c) * triton.cdiv(positions, block_n),)
         _forward[grid](
-            x, low, up, gate, out, channels, positions, up.shape[1],
-            *x.stride(), *out.stride(), *low.stride(), *up.stride(),
-            gate.stride(0) if gate.shape[0] > 1 else 0, gate.stride(1),
-            BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=block_r,
+            x, low, gated, out, channels, positions, low.shape[1],
+            *x.stride(), *out.stride(), *low.stride(), *gated.stride(),
+            BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(low.shape[1], _MAX_RANK),
             WIDE=INTERPRETED,  # the interpreter multiplies no bfloat16 matrices
         )  # fmt: skip
     return out
 
 
-@add_low_rank_rows.register_fake
-def _(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+@torch.library.custom_op("perceive_adapter::add_low_rank_backward", mutates_args=())
+def _gradients(grad: Tensor, low: Tensor, gated: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``low`` and of ``gated``."""
+    of_low = torch.empty_like(low)
+    batch, channels, positions = grad.shape
+    if not grad.numel():
+        return of_low, gated.new_zeros(gated.shape)
+    block_c = _block(channels, _MAX_CHANNELS)
+    block_n = _block(positions, max(_LEAST, min(64, 16384 // block_c)))
+    splits = min(triton.cdiv(positions, block_n), triton.cdiv(_PROGRAMS, batch))
+    splits = min(splits, max(1, positions // (8 * low.shape[1])))  # sums stay small beside the rest
+    sums = grad.new_empty((splits, *gated.shape), dtype=torch.float32)
+    _backward[(batch * splits,)](
+        grad, low, gated, of_low, sums, channels, positions, low.shape[1], splits, batch,
+        *grad.stride(), *low.stride(), *of_low.stride(), *gated.stride(),
+        BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(low.shape[1], _MAX_RANK),
+        WIDE=INTERPRETED, num_warps=4 if block_c <= 256 else 8,
+    )  # fmt: skip
+    return of_low, summed(sums, gated.dtype)
+
+
+@add_product.register_fake
+def _(x: Tensor, low: Tensor, gated: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@_gradients.register_fake
+def _(grad: Tensor, low: Tensor, gated: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(low), gated.new_empty(gated.shape)
+
+
 @register_flop_formula(torch.ops.perceive_adapter.add_low_rank)
-def _flops(x: Any, low: Any, up: Any, gate: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * up[1]
+def _flops(x: Any, low: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * low[1]
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two products with a matrix of few columns, which the library for them does well."""
-    low, up, gate = ctx.saved_tensors
-    gated = (up * gate[:, None]).to(grad.dtype).expand(grad.shape[0], -1, -1)
-    grad_low = torch.bmm(gated.transpose(1, 2), grad).to(low.dtype)
-    of_gated = torch.bmm(grad, low.transpose(1, 2)).float()  # (B, C, R)
-    grad_up = (of_gated * gate[:, None]).sum(0).to(up.dtype)
-    grad_gate = (of_gated * up).sum(1)
-    if gate.shape[0] == 1:
-        grad_gate = grad_gate.sum(0, keepdim=True)
-    return grad, grad_low, grad_up, grad_gate.to(gate.dtype)
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return grad, *_gradients(grad, *ctx.saved_tensors)
 
 
-add_low_rank_rows.register_autograd(_differentiate, setup_context=_keep)
+add_product.register_autograd(_differentiate, setup_context=_keep)
+
+
+def takes(x: Tensor, low: Tensor) -> bool:
+    """Tell whether the kernel is for such features; a library's product serves the others."""
+    return x.shape[1] <= _MAX_CHANNELS and low.shape[1] <= _MAX_RANK and x.shape[2] >= _LEAST

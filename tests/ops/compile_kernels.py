@@ -1,0 +1,53 @@
+"""Compile every kernel for a GPU, which needs none: what the interpreter lets pass, this does not.
+
+python tests/ops/compile_kernels.py
+"""
+
+import itertools
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from perceive_adapter.ops.kernels import distances, low_rank, sums
+
+TARGET = GPUTarget("cuda", 90, 32)
+LOW_RANK = [
+    {"BLOCK_C": c, "BLOCK_N": n, "BLOCK_R": r, "WIDE": False}
+    for c, n, r in ((64, 64, 16), (512, 32, 64))
+]
+DISTANCES = [{"BLOCK_N": 4, "BLOCK": 1024}]
+KERNELS = (
+    (low_rank._forward, LOW_RANK, ()),
+    (low_rank._backward, LOW_RANK, ("sums_ptr",)),
+    (distances._forward, DISTANCES, ("sums_ptr",)),
+    (distances._backward, DISTANCES, ("grad_ptr",)),
+    (sums._sum, [{"BLOCK_P": 64, "BLOCK": 32}], ("parts_ptr",)),
+)
+
+
+def compile_kernel(
+    kernel: JITFunction, constants: dict, single: tuple[str, ...], unit: str
+) -> None:
+    """Compile for bfloat16, and strides of one where their names end in ``unit``.
+
+    Pointers named in ``single`` are to single precision.
+    """
+    known, signature = dict(constants), {}
+    for name in kernel.arg_names:
+        if name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in single else "*bf16"
+        elif name in known or name.endswith(unit):
+            known.setdefault(name, 1)
+            signature[name] = "constexpr"
+        else:
+            signature[name] = "i32"
+    triton.compile(ASTSource(kernel, signature, known), target=TARGET)
+
+
+if __name__ == "__main__":
+    for kernel, options, single in KERNELS:
+        for constants, unit in itertools.product(options, ("_n", "_c")):
+            compile_kernel(kernel, constants, single, unit)
+    print("compiled")
