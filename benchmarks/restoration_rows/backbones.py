@@ -5,11 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from spandrel.architectures.SwinIR import SwinIR
 from spandrel_extra_arches.architectures.Restormer import Restormer
-from torch import nn
+from torch import Tensor, nn
 
 from perceive_adapter.data.restoration import CleanPhotos, RestorationData
 from perceive_adapter.data.samples import CropSampler
@@ -45,6 +46,21 @@ _BUILD = {
 BACKBONES = ("nafnet", *_BUILD)
 
 
+class Padded(nn.Module):
+    """Continues images by their mirror image to sides that the network takes, and cuts that off."""
+
+    def __init__(self, network: nn.Module, multiple: int = 8) -> None:
+        super().__init__()
+        self.network, self.multiple = network, multiple
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Restore (B, 3, H, W)."""
+        height, width = image.shape[2:]
+        more = (0, -width % self.multiple, 0, -height % self.multiple)
+        restored: Tensor = self.network(F.pad(image, more, mode="reflect"))
+        return restored[..., :height, :width]
+
+
 def load_backbone(name: str, photos: CropSampler, kept: Path, *, cpu: bool) -> nn.Module:
     """Return the trained denoiser in evaluation mode; one that is no demo's is trained once."""
     if name == "nafnet":
@@ -63,4 +79,4 @@ def load_backbone(name: str, photos: CropSampler, kept: Path, *, cpu: bool) -> n
         )
         save_file({k: v.contiguous().cpu() for k, v in network.state_dict().items()}, file)
     network.load_state_dict(load_file(file))
-    return network.eval().cpu()
+    return Padded(network).eval().cpu()
