@@ -36,8 +36,7 @@ def add_low_rank(features: Tensor, low: Tensor, gated: Tensor, *, in_place: bool
         return fused_sum
     product = Tensor.baddbmm_ if in_place else torch.baddbmm
     if features.stride(1) == 1:
-        dense = (x.transpose(1, 2) for x in (features, low, gated))
-        wide, narrow, matrices = dense
+        wide, narrow, matrices = (x.transpose(1, 2) for x in (features, low, gated))
         return product(wide, narrow, matrices).transpose(1, 2)
     return product(features, gated, low)
 
