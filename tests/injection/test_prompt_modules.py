@@ -144,6 +144,40 @@ def test_a_branch_in_any_layout(name: str, batch: int) -> None:
         assert actual.stride() == strides or actual.shape[2:].numel() == 1
 
 
+def branches(count: int) -> dict[str, tuple[nn.Module, float]]:
+    """Low-rank branches of two shapes, in turn."""
+    found = {}
+    for i in range(count):
+        shape = (5, 7) if i % 2 else (6, 4)
+        site = Site(f"{i}", "layer", shape[0], 1.0, Layout(0, -1), rank=2, weight_shape=shape)
+        prompt = build_prompt(site, CONFIG)
+        moved(prompt, seed=i, scale=0.3)
+        found[site.name] = (prompt, i / count)
+    return found
+
+
+@pytest.mark.parametrize("depths", [1, 3])
+def test_branches_give_together_what_each_gives_alone(depths: int) -> None:
+    modules, condition = branches(7), torch.rand(2, depths, 17)
+    together = Branches(modules).gated(condition)
+    assert together.keys() == modules.keys()
+    for name, (prompt, depth) in modules.items():
+        alone = prompt.gated(condition[:, int(depth * depths)])
+        torch.testing.assert_close(together[name], alone)
+
+
+def test_sharded_branches_stay_apart() -> None:
+    class Sharded(torch.Tensor):
+        pass
+
+    modules, condition = branches(2), torch.rand(1, 1, 17)
+    gate = modules["0"][0].gate
+    gate.weight = nn.Parameter(gate.weight.detach().as_subclass(Sharded))
+    assert type(gate.weight) is not nn.Parameter
+    assert Branches(modules).gated(condition) == {}
+    assert Branches(modules).folded(condition, {"0": torch.zeros(6, 4)}) == {}
+
+
 def test_rows_of_windows_go_to_their_images() -> None:
     values, features = torch.tensor([[1.0], [2.0]]), torch.zeros(6, 5, 1)
     major = Layout(0, -1, "major").spread(values, features).flatten().tolist()
