@@ -1,12 +1,13 @@
 """Inference overhead: a wrapped network against the bare one, perception included.
 
     python benchmarks/overhead.py [--pairs 11] [--threads 2]
-    python benchmarks/overhead.py --device cuda --dtype bfloat16 --compile reduce-overhead
+    python benchmarks/overhead.py --device cuda --dtype bfloat16 [--compile reduce-overhead]
 
 Bare and wrapped runs alternate, after a check that both give the same output at step 0. The
 prompts are then randomised, so that no branch is skipped. Prints medians, the quartiles of the
 ratio, and the bar of the design, which is for a CPU in eager mode; for one image also what it takes
-to compose the folded weights.
+to compose the folded weights. `--profile` also prints where a bare and a wrapped run spend their
+time.
 """
 
 import argparse
@@ -128,6 +129,16 @@ def folding(model: PerceiveModel, image: Tensor) -> float:
     return statistics.median(seconds(fold, image.device) for _ in range(11))
 
 
+@torch.no_grad()
+def profiled(run: Run, device: torch.device) -> str:
+    """The operations that one run spends most on."""
+    with torch.profiler.profile() as profile:
+        seconds(run, device)
+    key = f"self_{device.type}_time_total"
+    table: str = profile.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=60)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=11)
@@ -137,6 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", nargs="?", const="default", metavar="MODE", help="of torch.compile"
     )
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -156,7 +168,8 @@ def main() -> None:
             torch._dynamo.reset()
             bare.compile(mode=options.compile)
             model.compile(mode=options.compile)
-        of_bare, of_wrapped = measure(*runs(case, bare, model, image), device, options.pairs)
+        both = runs(case, bare, model, image)
+        of_bare, of_wrapped = measure(*both, device, options.pairs)
         ratios = [w / b for b, w in zip(of_bare, of_wrapped, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         usual = statistics.median(of_bare)
@@ -165,6 +178,8 @@ def main() -> None:
             f"ms, ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f}), bar {case.bar}",
             flush=True,
         )
+        if options.profile:
+            print(*(profiled(run, device) for run in both), sep="\n")
         if len(image) == 1 and case.tile is None and not options.compile:
             composed = folding(model, image)
             print(
