@@ -66,8 +66,8 @@ def step_by_step(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
 
 def together(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     layout, gated = Layout(), up * gate[:, None]
-    rows = add_low_rank(layout.rows(x, gated)[0], layout.rows(low, gated)[0], gated)
-    return layout.from_rows(rows, x)
+    wide, narrow = (layout.rows(maps, len(gated)) for maps in (x, low))
+    return layout.from_rows(add_low_rank(wide, narrow, gated), x)
 
 
 OPERATIONS = {

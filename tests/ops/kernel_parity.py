@@ -123,8 +123,8 @@ def in_rows(run: Callable[..., Tensor], axis: int) -> Callable[..., Tensor]:
     layout = Layout(0, axis)
 
     def of_maps(x: Tensor, low: Tensor, gated: Tensor) -> Tensor:
-        wide, of_rows = layout.rows(x, gated)
-        return layout.from_rows(run(wide, layout.rows(low, gated)[0], of_rows), x)
+        wide, narrow = (layout.rows(maps, len(gated)) for maps in (x, low))
+        return layout.from_rows(run(wide, narrow, gated), x)
 
     return of_maps
 

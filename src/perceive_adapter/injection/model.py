@@ -240,7 +240,7 @@ class PerceiveModel(nn.Module):
             try:
                 with folded_weights(injector, condition), torch.no_grad():
                     self._folded = perception
-                    injector.state.arm(condition)
+                    injector.state.arm(condition)  # branches that are folded need no more
                     yield
             finally:
                 self._folded = None

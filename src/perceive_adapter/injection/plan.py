@@ -57,34 +57,31 @@ class Layout:
         Raises:
             PerceptionError: the batch axis is no multiple of B.
         """
-        value = self._of_rows(value, features.shape[self.batch_axis])
+        value = self.per_row(value, features.shape[self.batch_axis])
         shape = [1] * features.ndim
         shape[self.batch_axis], shape[self.channel_axis] = value.shape
         return value.view(shape)
 
-    def rows(self, features: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
-        """View a feature map as rows of positions, and give each row the matrix of its image.
+    def rows(self, features: Tensor, images: int) -> Tensor:
+        """View a feature map as rows of positions, as few as can be without a copy.
 
         Args:
-            features: feature map whose batch axis holds B images, or a multiple (windows).
-            matrices: (B, ...), B = 1 for one that all images share.
+            features: feature map whose batch axis holds the images, or a multiple (windows).
+            images: how many there are, 1 where all are treated alike.
 
         Returns:
-            (G, C, N), and (G, ...) or (1, ...). G is as small as it can be without a copy.
+            (G, C, N), each row of one image; :meth:`per_row` gives it what belongs to that image.
 
         Raises:
-            PerceptionError: the batch axis is no multiple of B.
+            PerceptionError: the batch axis is no multiple of ``images``.
         """
-        images = matrices.shape[0]
+        self._times(images, features.shape[self.batch_axis])
         if self.channel_axis == 1:
-            wide = features.flatten(2)
-            return wide, self._of_rows(matrices, wide.shape[0])
+            return features.flatten(2)
         if images == 1 or (self.batch_axis == 0 and self.order == "major"):
-            self._times(images, features.shape[self.batch_axis])
-            return features.reshape(images, -1, features.shape[-1]).transpose(1, 2), matrices
+            return features.reshape(images, -1, features.shape[-1]).transpose(1, 2)
         tokens = features if self.batch_axis == 0 else features.transpose(0, 1)
-        wide = tokens.flatten(1, -2).transpose(1, 2)
-        return wide, self._of_rows(matrices, wide.shape[0])
+        return tokens.flatten(1, -2).transpose(1, 2)
 
     def from_rows(self, rows: Tensor, features: Tensor) -> Tensor:
         """Give what :meth:`rows` has viewed, or the like in the same order, its shape back."""
@@ -99,8 +96,8 @@ class Layout:
             dense = dense.transpose(0, 1)
         return dense.reshape(features.shape)
 
-    def _of_rows(self, value: Tensor, rows: int) -> Tensor:
-        """Repeat what belongs to each image for each of its rows in the batch axis."""
+    def per_row(self, value: Tensor, rows: int) -> Tensor:
+        """Repeat what belongs to each image, (B, ...), for each of its rows; B = 1 stays."""
         times = self._times(value.shape[0], rows)
         if times == 1 or value.shape[0] == 1:
             return value

@@ -162,8 +162,8 @@ class GatedLowRank(nn.Module):
         """
         low: Tensor = self.down(source.to(self.down.weight.dtype))
         matrices = self.gated(condition) if gated is None else gated
-        wide, of_rows = self.layout.rows(features, matrices)
-        narrow, _ = self.layout.rows(low, matrices)
+        wide, narrow = (self.layout.rows(x, matrices.shape[0]) for x in (features, low))
+        of_rows = self.layout.per_row(matrices, wide.shape[0])
         if wide.shape[2] == 1 or (self.layout.batch_axis == 1 and wide.shape[0] > 1):
             # Only a sum by elements has the strides that the features have.
             raised = torch.matmul(of_rows.to(narrow.dtype), narrow)

@@ -31,9 +31,7 @@ class ConditionState:
         self.enabled = True
         self.armed = False
         self.condition: Tensor | None = None
-        self.gated: Mapping[
-            str, Tensor
-        ] = {}  # what low-rank branches need of it, where it is known
+        self.gated: Mapping[str, Tensor] = {}  # see Branches.gated; empty where not known
         self.pending: WeakSet[ForwardPass] = WeakSet()
 
     def arm(self, condition: Tensor) -> None:
