@@ -200,3 +200,13 @@ def test_treats_needs_columns_that_are_there() -> None:
         _steered(treats=(3,))
     with pytest.raises(ConfigError, match=r"have 0"):
         wrapped("u_shape", config=AdapterConfig(treats=(0,)))
+
+
+def test_a_perception_is_a_sequence_of_perceptions() -> None:
+    seen = oracle(3)
+    assert len(seen) == 3
+    assert torch.equal(Perception.cat(list(seen)).compact, seen.compact)
+    assert torch.equal(seen[-1].compact, seen.compact[2:])
+    for index in (3, -4):
+        with pytest.raises(IndexError, match="of a perception of 3"):
+            seen[index]

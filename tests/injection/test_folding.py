@@ -1,15 +1,18 @@
 """Folding: with one perception a gated branch is a plain weight, and nobody's parameter changes."""
 
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from wrapping import oracle, relative, wrapped
+import torch.nn.functional as F
+from torch import Tensor, nn
+from wrapping import injector_like, moved, oracle, relative, state, wrapped
 from zoo import CASES
 
-from perceive_adapter import PerceiveModel, PerceptionError
+from perceive_adapter import PerceiveModel, PerceptionError, plan_sites, wrap
 
 ROUNDING = 1e-4
 
@@ -103,6 +106,80 @@ def test_many_passes_inside_one_fold_share_the_perception() -> None:
         assert not model(images[0]).requires_grad
 
 
+class Standardized(nn.Conv2d):
+    """Convolves with its weight standardised, as many published layers do."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        weight = F.normalize(self.weight.flatten(1), dim=1).view_as(self.weight)
+        return F.conv2d(image, weight, self.bias, padding=self.padding)
+
+
+class Activated(nn.Conv2d):
+    """Ends in an activation."""
+
+    def _conv_forward(self, *args: Any) -> Tensor:
+        return F.gelu(super()._conv_forward(*args))
+
+
+class ReadsElsewhere(nn.Module):
+    """Goes back through the weight that it came by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.body(F.gelu(self.head(image)))
+        return F.conv_transpose2d(features, self.head.weight, padding=1)
+
+
+def _around(middle: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), middle, nn.Conv2d(8, 3, 3, padding=1))
+
+
+def _hooked_by_its_owner() -> nn.Module:
+    net = _around(nn.Conv2d(8, 8, 3, padding=1))
+    net[1].register_forward_hook(lambda module, args, output: 2 * output)
+    return net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _around(Standardized(8, 8, 3, padding=1)),
+        lambda: _around(Activated(8, 8, 3, padding=1)),
+        _hooked_by_its_owner,
+        ReadsElsewhere,
+    ],
+)
+def test_layers_that_folding_would_change_run_by_their_hooks(make: Any) -> None:
+    torch.manual_seed(0)
+    model, image, seen = wrap(make(), perceiver=False), torch.rand(1, 3, 32, 32), oracle(1)
+    moved(model.injector)
+    assert len(model.sites.of("layer")) >= 2
+    unfolded = model(image, perception=seen).detach()
+    with model.fold(seen):
+        assert relative(model(image), unfolded) < ROUNDING
+
+
+def test_a_network_that_reads_weights_elsewhere_is_found_out_and_left_as_it_was() -> None:
+    net = ReadsElsewhere()
+    before = state(net)
+    assert not plan_sites(net).folds
+    assert state(net) == before
+    assert plan_sites(_around(nn.Conv2d(8, 8, 1))).folds
+
+
+def test_bare_is_not_to_be_had_inside_a_fold_nor_are_weights_to_be_saved(tmp_path: Path) -> None:
+    model = wrapped("isotropic")
+    with model.fold(oracle(1)):
+        for use in (model.disabled().__enter__, lambda: model.save_pretrained(tmp_path / "it")):
+            with pytest.raises(PerceptionError, match=r"fold\(\) is under way already"):
+                use()
+    assert not (tmp_path / "it").exists()
+    model.save_pretrained(tmp_path / "it")
+
+
 def test_folds_do_not_nest_and_take_one_perception() -> None:
     model, seen = wrapped("isotropic"), oracle(1)
     with model.fold(seen):
@@ -176,3 +253,45 @@ def test_a_compiled_model_runs_inside_a_fold() -> None:
     for seed in range(3):
         with model.fold(oracle(1, seed)):
             assert relative(compiled(image), model(image)) < ROUNDING
+
+
+class Dropping(nn.Module):
+    """Drops features, and takes its time, so that threads meet in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.drop = nn.Conv2d(3, 8, 3, padding=1), nn.Dropout(0.5)
+        self.tail = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return self.tail(self.drop(self.head(image)))
+
+
+def test_threads_that_restore_leave_modes_alone() -> None:
+    model, image = wrap(Dropping(), perceiver=False).train(), torch.rand(3, 24, 24)
+    expected = model.restore(image)
+    restored = _in_threads(lambda index: [model.restore(image) for _ in range(4)], 3)
+    assert all(torch.equal(result, expected) for results in restored for result in results)
+    assert model.training
+    assert model.backbone.drop.training
+
+
+def test_switching_adapters_waits_for_passes_in_other_threads() -> None:
+    model, image = wrap(Dropping(), perceiver=False).eval(), torch.rand(1, 3, 24, 24)
+    moved(model.injector)
+    model.add_adapter("other", injector_like(model, seed=3))
+    expected = dict.fromkeys(("default", "other"))
+    for name in expected:
+        model.set_adapter(name)
+        expected[name] = model(image).detach()
+
+    def work(index: int) -> bool:
+        for turn in range(6):
+            if index:
+                model.set_adapter("default" if turn % 2 else "other")
+            elif not any(torch.equal(model(image), value) for value in expected.values()):
+                return False
+        return True
+
+    assert all(_in_threads(work, 2))

@@ -4,9 +4,11 @@ import copy
 import pickle
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from wrapping import moved, oracle, relative, state, wrapped
 from zoo import CASES
 
@@ -161,10 +163,50 @@ def test_unfreezing_what_is_not_there_changes_nothing() -> None:
 
 def test_an_unwrapped_model_says_so() -> None:
     model = wrapped("u_shape")
-    model.unwrap()
-    for use in (lambda: model(IMAGE), lambda: model.save_pretrained("nowhere")):
+    net = model.unwrap().eval()
+    uses = (
+        lambda: model(IMAGE),
+        lambda: model.save_pretrained("nowhere"),
+        lambda: model.restore(IMAGE),
+        lambda: model.add_adapter("rain"),
+        lambda: model.set_adapter("default"),
+        lambda: model.unfreeze("**"),
+        lambda: model.size_multiple,
+        lambda: model.disabled().__enter__(),
+        lambda: model.fold(oracle(1)).__enter__(),
+        model.unwrap,
+    )
+    for use in uses:
         with pytest.raises(BackboneError, match="was unwrapped"):
             use()
+    model.train()
+    assert not net.training
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def _lora(net: nn.Module) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["a", "b"])
+    peft.inject_adapter_in_model(config, net)
+
+
+def _pruned(net: nn.Module) -> None:
+    prune.l1_unstructured(net.ending, "weight", 0.5)
+
+
+def _extended(net: nn.Module) -> None:
+    net.add_module("extra", nn.Conv2d(3, 3, 1))
+
+
+@pytest.mark.parametrize("change", [_lora, _pruned, _extended])
+def test_unwrap_copes_with_what_others_have_added(change: Any) -> None:
+    model = wrapped("u_shape")
+    model.unfreeze("intro.weight")
+    own = list(model.backbone.parameters())
+    change(model.backbone)
+    net = model.unwrap()
+    assert all(parameter.requires_grad for parameter in own)
+    assert not any(module._forward_hooks for module in net.modules() if module is not net)
+    net(IMAGE).mean().backward()
 
 
 def test_an_unwrapped_backbone_can_be_wrapped_again() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import nn
 from wrapping import KINDS, injector_like, moved, oracle, relative, wrapped
 from zoo import CASES
 
@@ -16,6 +17,7 @@ from perceive_adapter import (
     ConfigError,
     PerceiveModel,
     PerceptionError,
+    wrap,
 )
 
 IMAGES = CASES["u_shape"].images(4)
@@ -235,3 +237,46 @@ def test_blocks_may_be_compiled_alone_and_share_their_code() -> None:
         with model.disabled():
             bare = model(image)
         assert relative(bare, CASES["isotropic"].net()(image)) < 1e-6
+
+
+class FailsOnce(nn.Module):
+    """Runs out of memory now and then, in the middle of a graph or after a break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.tail = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.fails = False
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        features = self.head(image)
+        torch._dynamo.graph_break()
+        if self.fails:
+            raise torch.OutOfMemoryError("made up")
+        return self.tail(features)
+
+
+def _compiled(model: PerceiveModel, images: torch.Tensor, options: dict) -> None:
+    torch.compile(model, backend="eager")(images, **options)
+
+
+def _exported(model: PerceiveModel, images: torch.Tensor, options: dict) -> None:
+    torch.export.export(model, (images,), options, strict=False)
+
+
+@pytest.mark.parametrize("way", [_compiled, _exported])
+def test_a_failure_under_tracing_leaves_nothing_behind(way: Callable) -> None:
+    model = wrap(FailsOnce(), perceiver=False)
+    moved(model.injector)
+    model.add_adapter("rain", injector_like(model, seed=5))
+    images = IMAGES[:2]
+    expected = model(images).detach()
+    model.backbone.fails = True
+    names = {"adapter_names": ["rain", None]}
+    for options in ({}, names):
+        with pytest.raises(Exception, match="made up"):
+            way(model, images, options)
+    model.backbone.fails = False
+    assert model.status().enabled
+    with pytest.raises(PerceptionError, match="called by itself"):
+        model.backbone(images)
+    assert torch.equal(model(images), expected)

@@ -252,6 +252,36 @@ def test_too_little_overlap_shows_seams() -> None:
     assert 1e-4 < seams < 1
 
 
+class OneSize(nn.Module):
+    """Takes images of 64 px only, as networks with learned positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.tail = zoo.conv(3, 16), zoo.conv(16, 3)
+        self.position = nn.Parameter(0.1 * torch.rand(16, 64, 64))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + self.tail(self.head(image) + self.position)
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(64, 16), (48, 16), (64, 31)])
+def test_tiles_of_a_network_that_takes_one_size_cover_the_image(tile: int, overlap: int) -> None:
+    model = wrap(OneSize(), perceiver=False)
+    image = torch.rand(1, 3, 128, 150)
+    restored = model.restore(image, tile=tile, overlap=overlap)
+    assert (restored - image).abs().max() < 1  # and a number everywhere
+
+
+def test_a_tile_of_one_step_of_the_networks_grid_is_made_larger() -> None:
+    net = nn.Sequential(
+        *[nn.Conv2d(width, 8, 2, stride=2) for width in (3, 8, 8, 8, 8, 8)],
+        *[nn.ConvTranspose2d(8, width, 2, stride=2) for width in (8, 8, 8, 8, 8, 3)],
+    )  # a grid of 64 px, and nothing that looks over its borders
+    model, image = wrap(net, perceiver=False), torch.rand(1, 3, 192, 256)
+    tiled = model.restore(image, tile=48, overlap=16)
+    assert (tiled - model.restore(image)).abs().max() < 1e-5
+
+
 def test_tiles_of_an_upscaler() -> None:
     model, image = wrapped("upscaler"), torch.rand(1, 4, 75, 90)
     whole = model.restore(image)
@@ -277,6 +307,7 @@ def test_an_image_is_perceived_once_and_as_a_whole(
 
 def test_tiles_run_in_batches(model: PerceiveModel) -> None:
     batches: list[int] = []
+    assert model.size_multiple == 4  # found by runs of its own
     handle = model.backbone.intro.register_forward_pre_hook(lambda m, a: batches.append(len(a[0])))
     try:
         model.restore(torch.rand(1, 3, 96, 96), tile=48, overlap=16, batch_size=4)

@@ -376,3 +376,17 @@ def test_plans_are_values() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.scale = 2.0  # type: ignore[misc]
     assert len(found) == len(list(found)) == len(found.of("level")) + len(found.of("layer"))
+
+
+class PadsByItself(nn.Conv2d):
+    """Pads its input to keep its size, as timm's Conv2dSame does."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(image, (1, 1, 1, 1)))
+
+
+def test_convolutions_that_pad_by_themselves_take_no_branch() -> None:
+    net = nn.Sequential(PadsByItself(3, 8, 3), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1))
+    assert names(plan_sites(net), "layer") == ["2"]
+    with pytest.raises(SiteError, match="0: it pads its input by itself"):
+        plan_sites(net, sites="layer:0")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from wrapping import KINDS, PAIRS, moved, oracle, wrapped
+from wrapping import KINDS, PAIRS, injector_like, moved, oracle, wrapped
 from zoo import CASES, REAL, Case, Isotropic, WritesInEval
 
 from perceive_adapter import BackboneError, PerceiveModel, PerceptionError, wrap
@@ -106,11 +106,11 @@ def _gradients(model: PerceiveModel, loss: Callable[[PerceiveModel], torch.Tenso
     return torch.cat([p.grad.flatten() for p in prompts])
 
 
-def _checkpointed(checkpointing: bool) -> PerceiveModel:
+def _checkpointed(checkpointing: bool, sites: str | None = None) -> PerceiveModel:
     net = CASES["checkpointed"].net()
     net.checkpointing = checkpointing
     torch.manual_seed(0)
-    model = wrap(net, perceiver=False)
+    model = wrap(net, perceiver=False, sites=sites)
     moved(model.injector)
     return model
 
@@ -135,6 +135,60 @@ def test_two_forward_passes_before_one_backward_pass() -> None:
         _gradients(_checkpointed(True), _two)
 
 
+def test_a_pass_without_gradient_in_between_changes_nothing() -> None:
+    expected = _gradients(_checkpointed(False), _one)
+    model = _checkpointed(True)
+    loss = _one(model)
+    with torch.no_grad():
+        model(CASES["isotropic"].images(2, seed=5), perception=oracle(2, 9))
+    loss.backward()
+    prompts = [*model.injector.levels.parameters(), *model.injector.layers.parameters()]
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in prompts]), expected)
+
+
+def test_a_pass_that_is_given_up_does_not_count() -> None:
+    expected = _gradients(_checkpointed(False), _one)
+    model = _checkpointed(True)
+    loss = _one(model)
+    del loss
+    torch.testing.assert_close(_gradients(model, _one), expected)
+
+
+def _unfrozen_alone(checkpointing: bool, sites: str | None = None) -> PerceiveModel:
+    model = _checkpointed(checkpointing, sites)
+    model.adapters.requires_grad_(False)
+    model.unfreeze("**")
+    return model
+
+
+def _gradients_of_backbone(model: PerceiveModel, loss: torch.Tensor) -> torch.Tensor:
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.backbone.parameters()])
+
+
+def test_a_frozen_adapter_under_activation_checkpointing() -> None:
+    plain, saving = _unfrozen_alone(False), _unfrozen_alone(True)
+    expected = _gradients_of_backbone(plain, _one(plain))
+    torch.testing.assert_close(_gradients_of_backbone(saving, _one(saving)), expected)
+    with pytest.raises(PerceptionError, match="2 forward passes wait"):
+        _two(saving).backward()
+
+
+@pytest.mark.parametrize("names", [["other", "other"], ["default", "other"], [None, "other"]])
+def test_adapters_by_image_under_activation_checkpointing(names: list[str | None]) -> None:
+    def gradients(checkpointing: bool) -> torch.Tensor:
+        model = _checkpointed(checkpointing)
+        model.add_adapter("other", injector_like(model, seed=3))
+        model.adapters.requires_grad_(True)
+        _one(model).backward()  # so that a condition of an earlier pass is there to be mistaken
+        model.zero_grad()
+        images = CASES["isotropic"].images(2)
+        model(images, perception=oracle(2), adapter_names=names).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
 def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_gradient() -> None:
     model = _checkpointed(True)
     model.backbone.reentrant = True
@@ -144,6 +198,19 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_gradient() -
         _one(model)
     model.backbone.reentrant = False
     _one(model).backward()
+
+
+@pytest.mark.parametrize("sites", [None, "layer:body.**"])
+def test_reentrant_checkpointing_of_a_frozen_adapter(sites: str | None) -> None:
+    """It is right, or refused where only the blocks that run again know of the pass."""
+    plain, saving = _unfrozen_alone(False, sites), _unfrozen_alone(True, sites)
+    saving.backbone.reentrant = True
+    if sites is None:
+        expected = _gradients_of_backbone(plain, _one(plain))
+        torch.testing.assert_close(_gradients_of_backbone(saving, _one(saving)), expected)
+    else:
+        with pytest.raises(BackboneError, match="use_reentrant=False, or not at all"):
+            _one(saving).backward()
 
 
 class PartlyWithoutGradient(Isotropic):

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.injection.injector import PromptInjector
+from perceive_adapter.injection.state import Lock
 
 __all__ = ["AdapterSet"]
 
@@ -28,6 +30,11 @@ class AdapterSet(nn.ModuleDict):
         injector.attach(backbone)
         self.active = name
         self[name] = injector
+
+    @property
+    def lock(self) -> Lock:
+        """What those hold who run the backbone or change its adapters; all injectors share it."""
+        return self.injector.lock
 
     @property
     def injector(self) -> PromptInjector:
@@ -65,7 +72,8 @@ class AdapterSet(nn.ModuleDict):
         """
         self.check_new(name)
         injector.attach(backbone, beside_others=True)
-        injector.lock = self.injector.lock  # all run the same backbone
+        injector.lock = self.lock
+        injector.state.passes = self.injector.state.passes
         injector.requires_grad_(False)
         injector.enabled = False
         self[name] = injector
@@ -119,13 +127,14 @@ class AdapterSet(nn.ModuleDict):
             conditions: (B or 1, L, C + 1) of every adapter that is named.
             names: for each of B images.
         """
+        this = None if torch.compiler.is_compiling() else self.injector.state.passes.begin()
         for name in self:
             injector = self.named(name)
             injector.state.enabled = name in conditions  # torch 2.6 traces no property's setter
             if name in conditions:
                 # At a condition of zeros a prompt leaves features as they are.
                 own = [[[float(name == other)]] for other in names]
-                injector.arm(conditions[name] * conditions[name].new_tensor(own))
+                injector.arm(conditions[name] * conditions[name].new_tensor(own), this)
 
     def disarm(self) -> None:
         """End that forward pass: the active adapter alone is at work again."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from perceive_adapter.errors import SiteError
 from perceive_adapter.injection.globs import matching
@@ -22,9 +24,10 @@ class FrozenBackbone:
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
-        self.modes = {name: module.training for name, module in backbone.named_modules()}
+        self.modes = [(module, module.training) for module in backbone.modules()]
         self.required = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self.originals: dict[str, Tensor] = {}
+        self._names = self._find_names()
         backbone.requires_grad_(False)
 
     def unfreeze(self, patterns: Iterable[str]) -> list[str]:
@@ -55,19 +58,39 @@ class FrozenBackbone:
 
     def changed(self) -> dict[str, Tensor]:
         """Return the parameters that were unfrozen, as they are now."""
-        return {name: self.backbone.get_parameter(name).detach() for name in self.originals}
+        return {name: p.detach() for name, p in self._parameters() if name in self.originals}
 
     def release(self) -> nn.Module:
-        """Give the backbone back with weights, ``requires_grad`` and modes as they were."""
-        with torch.no_grad():
-            for name, value in self.originals.items():
-                self.backbone.get_parameter(name).copy_(value)
-        for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(self.required[name])
-            parameter.grad = None if name in self.originals else parameter.grad
-        for name, module in self.backbone.named_modules():
-            module.training = self.modes[name]
+        """Give the backbone back with weights, ``requires_grad`` and modes as they were.
+
+        What others have added since, such as the layers of another adapter, is left as it is.
+        """
+        for name, parameter in self._parameters():
+            if name in self.originals:
+                parameter.grad = None
+                with torch.no_grad():
+                    parameter.copy_(self.originals[name])
+            if name in self.required:
+                parameter.requires_grad_(self.required[name])
+        for module, mode in self.modes:
+            module.training = mode
         return self.backbone
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The backbone's parameters, by the names that they had when it was frozen."""
+        for name, parameter in self.backbone.named_parameters():
+            yield self._names.get(parameter, name), parameter  # type: ignore[no-untyped-call]
+
+    def _find_names(self) -> WeakTensorKeyDictionary:
+        """Names by parameter; weakly, since sharding puts others in their place to save memory."""
+        return WeakTensorKeyDictionary({p: name for name, p in self.backbone.named_parameters()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_names"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._names = self._find_names()
 
 
 def hold_in_eval(backbone: nn.Module, eval_only: Iterable[str]) -> None:

@@ -28,9 +28,10 @@ from perceive_adapter.injection.prompts import (
     at_depth,
     build_prompt,
     is_dense,
+    is_plain,
     weight_shape,
 )
-from perceive_adapter.injection.state import ConditionState, Lock
+from perceive_adapter.injection.state import ConditionState, ForwardPass, Lock
 
 __all__ = ["PromptInjector", "check_backbone", "modules_at"]
 
@@ -46,29 +47,39 @@ class PromptSite(nn.Module):
         self.prompt = build_prompt(site, config)
         self.state = state
         self.depth = depth
-        self.foldable = isinstance(self.prompt, GatedLowRank)
+        self.is_branch = isinstance(self.prompt, GatedLowRank)
         self.folded = False
         self.folded_at = 0
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: give the module's output, changed by the prompt."""
-        if not self.state.enabled or self._is_folded(module):
+        if self._is_folded(module) or (told := self.state.told()) is None:
             return None
         source = args[0] if args else output
-        condition = self.state.current()
-        told: dict[str, Any] = {}
-        if self.foldable and not torch.compiler.is_compiling():
-            told["gated"] = self.state.gated.get(self.site.name)
-            told["in_place"] = self._is_alone(module)
-        changed: Tensor = self.prompt(output, at_depth(condition, self.depth), source, **told)
+        known: dict[str, Any] = {}
+        if self.is_branch and not torch.compiler.is_compiling():
+            known["gated"] = told.gated.get(self.site.name)
+            known["in_place"] = self._is_alone(module)
+        condition = at_depth(told.condition, self.depth)
+        changed: Tensor = self.prompt(output, condition, source, **known)
+        self.state.hold(changed)
         return changed
 
     def _is_alone(self, module: nn.Module) -> bool:
         """Whether nobody else has seen the module's output, so that it may be written over."""
+        return not torch.is_grad_enabled() and is_plain(module) and len(module._forward_hooks) == 1
+
+    def folds(self, module: nn.Module) -> bool:
+        """Whether the branch can be a part of the module's weight.
+
+        Not where a layer does more than its kind does, nor where somebody else's hook has changed
+        its output before the branch is added.
+        """
+        hooks = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
         return (
-            not torch.is_grad_enabled()
-            and type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
-            and len(module._forward_hooks) == 1
+            self.is_branch
+            and is_plain(module)
+            and all(isinstance(owner, PromptSite) for owner in hooks)
         )
 
     def _is_folded(self, module: nn.Module) -> bool:
@@ -210,15 +221,19 @@ class PromptInjector(nn.Module):
         self.encoder.treat(columns)
         self.config = config
 
-    def arm(self, condition: Tensor) -> None:
-        """Set the condition (B, L, C + 1) for the forward pass that follows."""
-        self.state.arm(condition)
-        if not torch.compiler.is_compiling():
-            self.state.gated = self.branches.gated(self.state.current())
+    def arm(self, condition: Tensor, this: ForwardPass | None = None) -> None:
+        """Set the condition (B, L, C + 1) for the forward pass that follows.
+
+        Args:
+            condition: of each image, or of all.
+            this: the pass, where other injectors of the backbone take part in it.
+        """
+        gated = {} if torch.compiler.is_compiling() else self.branches.gated(condition)
+        self.state.arm(condition, gated, this)
 
     def disarm(self) -> None:
         """End the forward pass; its backward pass still finds the condition."""
-        self.state.armed = False
+        self.state.disarm()
 
     @contextmanager
     def conditioned(self, perception: Perception) -> Iterator[None]:

@@ -140,6 +140,8 @@ def layer_layout(name: str, module: nn.Module, traces: Traces) -> Layout | str:
         return "it is not called with one tensor, or does not give one"
     if any(call.input_changed for call in calls):
         return "its input is changed in place afterwards"
+    if any(_pads_by_itself(module, call) for call in calls):
+        return "it pads its input by itself, which a branch beside it would not"
     axis = -1 if isinstance(module, nn.Linear) else 1
     if traces.batch is None:
         return Layout(0, axis)
@@ -150,6 +152,19 @@ def layer_layout(name: str, module: nn.Module, traces: Traces) -> Layout | str:
     if len(found) > 1:
         return "its calls differ in where they have the batch"
     return found.pop()
+
+
+def _pads_by_itself(module: nn.Module, call: Call) -> bool:
+    """Tell whether a convolution gives another size than its geometry says."""
+    if not isinstance(module, nn.Conv2d) or isinstance(module.padding, str):
+        return False
+    given, found = call.input_shape or (), call.output_shape or ()
+    walks = zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+    sides = [
+        (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for side, (kernel, stride, padding, dilation) in zip(given[-2:], walks, strict=True)
+    ]
+    return tuple(sides) != found[-2:]
 
 
 def _batch_axis(one: Call, two: Call, axis: int) -> Layout | str:

@@ -110,12 +110,9 @@ class PerceiveModel(nn.Module):
             ConfigError: an adapter's name is unknown, or there is not one for each image.
             BackboneError: the model was unwrapped.
         """
-        injector = self.injector
-        if not injector.attached:
-            raise BackboneError("this model was unwrapped; wrap the backbone again")
         if torch.compiler.is_compiling():  # no locks there
             return self._run_traced(perception, adapter_names, args, kwargs)
-        with injector.lock:
+        with self._in_turn() as injector:
             if not injector.enabled:
                 return self.backbone(*args, **kwargs)
             image = self._image(args, kwargs)
@@ -145,21 +142,21 @@ class PerceiveModel(nn.Module):
         kwargs: dict[str, Any],
     ) -> Any:
         """Run under torch.compile or torch.export, which do not fold by themselves."""
+        self._check_wrapped()
         injector = self.injector
         if torch.compiler.is_dynamo_compiling():  # an exported graph is a copy
             self._compiled = True
         if not injector.enabled or self._folded is not None:
             return self.backbone(*args, **kwargs)
         image = self._image(args, kwargs)
-        if adapter_names is not None:
-            self.adapters.arm(self._conditions(adapter_names, perception, image), adapter_names)
-            output = self.backbone(*args, **kwargs)
-            self.adapters.disarm()
-            return output
-        injector.arm(injector.encoder(self._perception(perception, image)))
-        output = self.backbone(*args, **kwargs)
-        injector.disarm()
-        return output
+        try:
+            if adapter_names is not None:
+                self.adapters.arm(self._conditions(adapter_names, perception, image), adapter_names)
+            else:
+                injector.arm(injector.encoder(self._perception(perception, image)))
+            return self.backbone(*args, **kwargs)
+        finally:
+            self.adapters.disarm() if adapter_names is not None else injector.disarm()
 
     def perceive(self, image: Tensor) -> Perception:
         """Perceive images, in the backbone's value range, once and as a whole.
@@ -223,15 +220,13 @@ class PerceiveModel(nn.Module):
 
         Raises:
             PerceptionError: the perception is of more than one image, or a fold is under way.
+            BackboneError: the model was unwrapped.
         """
         if perception.batch != 1:
             raise PerceptionError(
                 f"fold() takes the perception of one image, and this is of {perception.batch}"
             )
-        injector = self.injector
-        with injector.lock:
-            if self._folded is not None:
-                raise PerceptionError("fold() is under way already; leave that context first")
+        with self._in_turn(folded=False) as injector:
             if not injector.enabled:
                 yield
                 return
@@ -248,13 +243,39 @@ class PerceiveModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the bare backbone inside the context. Other threads wait."""
-        with self.injector.lock:
+        """Run the bare backbone inside the context. Other threads wait.
+
+        Raises:
+            PerceptionError: a fold is under way.
+            BackboneError: the model was unwrapped.
+        """
+        with self._in_turn(folded=False):
             before, self.injector.enabled = self.injector.enabled, False
             try:
                 yield
             finally:
                 self.injector.enabled = before  # of the adapter that is active by now
+
+    @contextmanager
+    def _in_turn(self, *, folded: bool = True) -> Iterator[PromptInjector]:
+        """Wait for other threads, then give the active injector.
+
+        Args:
+            folded: whether a fold may be under way.
+
+        Raises:
+            BackboneError: the model was unwrapped.
+            PerceptionError: a fold is under way, and may not be.
+        """
+        with self.adapters.lock:
+            self._check_wrapped()
+            if self._folded is not None and not folded:
+                raise PerceptionError("fold() is under way already; leave that context first")
+            yield self.injector
+
+    def _check_wrapped(self) -> None:
+        if not self.injector.attached:
+            raise BackboneError("this model was unwrapped; wrap the backbone again")
 
     # State
 
@@ -271,9 +292,10 @@ class PerceiveModel(nn.Module):
     @property
     def size_multiple(self) -> int:
         """What the backbone needs height and width to be a multiple of; found at first use."""
-        if self._multiple is None:
-            self._multiple = find_multiple(self)
-        return self._multiple
+        with self._in_turn():
+            if self._multiple is None:
+                self._multiple = find_multiple(self)
+            return self._multiple
 
     def status(self) -> AdapterStatus:
         """Tell which adapters and sites there are, which are active, and what trains."""
@@ -309,8 +331,10 @@ class PerceiveModel(nn.Module):
 
         Raises:
             SiteError: a pattern matches no parameter.
+            BackboneError: the model was unwrapped.
         """
-        return self.frozen.unfreeze(patterns)
+        with self._in_turn(folded=False):
+            return self.frozen.unfreeze(patterns)
 
     def treat(self, *degradations: str) -> None:
         """Let the active adapter work only where one of these degradations is perceived.
@@ -333,18 +357,22 @@ class PerceiveModel(nn.Module):
                 "some of these, or wrap with a perceiver that tells degradations"
             )
         columns = tuple(known.index(name) for name in dict.fromkeys(degradations))
-        self.injector.treat(columns or None)
+        with self.adapters.lock:
+            self.injector.treat(columns or None)
 
     def train(self, mode: bool = True) -> PerceiveModel:
         """Set training mode; normalisation statistics and frozen towers stay as they are.
 
-        So do the modules of ``sites.eval_only``.
+        So do the modules of ``sites.eval_only``, and a backbone that was given back.
         """
-        super().train(mode)
-        for tower in (self.perceiver, self.semantic):
-            if tower is not None:
-                tower.eval()
-        hold_in_eval(self.backbone, self.sites.eval_only)
+        with self.adapters.lock:
+            self.training = mode
+            own = [part for part in self.children() if part not in (self.perceiver, self.semantic)]
+            for part in own:
+                if part is not self.backbone or self.injector.attached:
+                    part.train(mode)
+            if self.injector.attached:
+                hold_in_eval(self.backbone, self.sites.eval_only)
         return self
 
     # Adapters
@@ -365,7 +393,9 @@ class PerceiveModel(nn.Module):
             CheckpointError: the saved adapter is missing, damaged, of another backbone, or steered
                 by something else than this model has.
             CompiledBackboneError: the model has been compiled, and would ignore it.
+            BackboneError: the model was unwrapped.
         """
+        self._check_wrapped()
         self.adapters.check_new(name)
         if self._compiled:
             raise CompiledBackboneError(
@@ -378,7 +408,8 @@ class PerceiveModel(nn.Module):
         elif not isinstance(adapter, PromptInjector):
             adapter = read_beside(self, adapter).injector
         like = next(self.injector.parameters())
-        self.adapters.add(self.backbone, name, adapter.to(like.device))
+        with self._in_turn():
+            self.adapters.add(self.backbone, name, adapter.to(like.device))
 
     def hotswap_adapter(self, pretrained: str | os.PathLike[str], name: str | None = None) -> None:
         """Put a saved adapter's weights into an adapter of the same make, in place.
@@ -397,7 +428,7 @@ class PerceiveModel(nn.Module):
         """
         injector = self.adapters.named(self.adapters.active if name is None else name)
         file = read_beside(self, pretrained, like=injector)
-        with injector.lock:  # not while another thread restores
+        with self.adapters.lock:  # not while another thread restores
             injector.load_state_dict(file.injector.state_dict())
             injector.treat(file.record.config.treats)
 
@@ -406,10 +437,13 @@ class PerceiveModel(nn.Module):
 
         Raises:
             ConfigError: there is none of that name.
+            PerceptionError: a fold is under way.
+            BackboneError: the model was unwrapped.
         """
-        self.adapters.activate(name)
-        if self.training:
-            hold_in_eval(self.backbone, self.sites.eval_only)
+        with self._in_turn(folded=False):
+            self.adapters.activate(name)
+            if self.training:
+                hold_in_eval(self.backbone, self.sites.eval_only)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter that is not active.
@@ -417,7 +451,8 @@ class PerceiveModel(nn.Module):
         Raises:
             ConfigError: there is none of that name, or it is active.
         """
-        self.adapters.remove(name)
+        with self.adapters.lock:
+            self.adapters.remove(name)
 
     def unwrap(self) -> nn.Module:
         """Give the backbone back with its weights, hooks and ``requires_grad`` as they were.
@@ -427,11 +462,11 @@ class PerceiveModel(nn.Module):
 
         Raises:
             BackboneError: it was unwrapped before.
+            PerceptionError: a fold is under way.
         """
-        if not self.injector.attached:
-            raise BackboneError("this model was unwrapped already")
-        self.adapters.detach()
-        return self.frozen.release()
+        with self._in_turn(folded=False):
+            self.adapters.detach()
+            return self.frozen.release()
 
     # On disk
 
@@ -440,8 +475,13 @@ class PerceiveModel(nn.Module):
 
         Backbone parameters that were unfrozen are saved with it, the rest of the backbone is not.
         Where FSDP has sharded the model every process must call it, and the first one writes.
+
+        Raises:
+            PerceptionError: a fold is under way, in which the backbone has other weights.
+            BackboneError: the model was unwrapped.
         """
-        save_adapter(self, folder)
+        with self._in_turn(folded=False):
+            save_adapter(self, folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save the active adapter and upload it to the Hugging Face Hub.
@@ -453,6 +493,9 @@ class PerceiveModel(nn.Module):
 
         Returns:
             What the Hub answers: where the upload can be seen.
+
+        Raises:
+            As :meth:`save_pretrained`, and HubError where the upload fails.
         """
         return push_adapter(self, repo_id, **options)
 

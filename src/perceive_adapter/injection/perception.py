@@ -73,8 +73,17 @@ class Perception:
             return int(value.shape[0])
         raise PerceptionError("the perception is empty: no field is known")
 
+    def __len__(self) -> int:
+        return self.batch
+
     def __getitem__(self, index: int | slice) -> Perception:
-        """Return the perception of one image (as a batch of one) or of a range of images."""
+        """Return the perception of one image (as a batch of one) or of a range of images.
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        if isinstance(index, int) and not -self.batch <= index < self.batch:
+            raise IndexError(f"image {index} of a perception of {self.batch}")
         rows = slice(index, index + 1 or None) if isinstance(index, int) else index
         return Perception(**{name: value[rows] for name, value in self.known().items()})
 

@@ -183,6 +183,8 @@ class SitePlan:
             backbone (an untrained NAFNet's beta and gamma) hides them from the output.
         eval_only: modules that stay in eval mode when the model trains, since in training mode
             they run other layers than these sites; "" is the backbone itself.
+        folds: whether branches may become a part of their layers' weights for a while: not where
+            the network reads such a weight elsewhere too.
 
     Raises:
         ConfigError: a size or the scale cannot be, or a site is named twice.
@@ -196,6 +198,7 @@ class SitePlan:
     encoder_parameters: int = 0
     blocked: tuple[str, ...] = ()
     eval_only: tuple[str, ...] = ()
+    folds: bool = True
 
     def __post_init__(self) -> None:
         sides = self.probe_size

@@ -35,6 +35,7 @@ __all__ = [
     "at_depth",
     "build_prompt",
     "is_dense",
+    "is_plain",
     "weight_shape",
 ]
 
@@ -195,6 +196,15 @@ def is_dense(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1
     return isinstance(module, nn.Linear)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a dense layer does what torch's own does, with the weight that it holds."""
+    kind = type(module)
+    if isinstance(module, nn.Conv2d):
+        own = nn.Conv2d.forward, nn.Conv2d._conv_forward
+        return (kind.forward, kind._conv_forward) == own  # type: ignore[attr-defined]
+    return kind.forward is nn.Linear.forward
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:

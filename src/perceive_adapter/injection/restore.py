@@ -45,7 +45,7 @@ def restore_image(
         )
     gray = color.shape[1] == 1
     inputs = color.expand(-1, 3, -1, -1) if channels == 3 else color.flatten(0, 1)[:, None]
-    with _evaluating(model), torch.no_grad():
+    with model.adapters.lock, _evaluating(model), torch.no_grad():
         restored = torch.cat(
             [_restore_one(model, one[None], tile, overlap, batch_size) for one in inputs]
         )
@@ -78,12 +78,21 @@ def _restore_one(
     height, width = _padded_size(model, image)
     align = math.lcm(model.size_multiple, model.sites.stride) if tile else 1
     height, width = (_round_up(side, align) for side in (height, width))
-    wanted = _round_up(tile, align) if tile else max(height, width)
+    wanted = _tile_side(model, tile, overlap, align) if tile else max(height, width)
     grid = Grid((height, width), (min(wanted, height), min(wanted, width)), overlap, align)
     with model.fold(perception):
         restored = _run_tiles(model, image, grid, batch_size)
     height, width = (round(side * model.sites.scale) for side in image.shape[-2:])
     return restored[..., :height, :width]
+
+
+def _tile_side(model: PerceiveModel, tile: int, overlap: int, align: int) -> int:
+    """Return the side that the backbone takes; two steps of its grid, where it takes these.
+
+    A tile of one step has no neighbour on the same grid that it overlaps.
+    """
+    side, larger = _round_up(tile, align), _round_up(overlap + align, align)
+    return larger if side < larger and _runs(model, (larger, larger)) else side
 
 
 def _round_up(side: int, multiple: int) -> int:
@@ -197,6 +206,8 @@ def _runs(model: PerceiveModel, size: tuple[int, int]) -> bool:
     try:
         with _evaluating(model), torch.no_grad(), model.disabled():
             _call(model, _network_input(model, image))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a network raises for a size that it was not made for
         return False
     return True

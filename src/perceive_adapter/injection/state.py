@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -15,103 +15,176 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from perceive_adapter.errors import BackboneError, PerceptionError
 
-__all__ = ["ConditionState", "Lock"]
+__all__ = ["ConditionState", "ForwardPass", "Lock", "Passes"]
+
+
+class Told(NamedTuple):
+    """What hooks are told: a condition (B, L, C + 1), and ``Branches.gated`` where it is known."""
+
+    condition: Tensor
+    gated: Mapping[str, Tensor]
+
+
+class ForwardPass:
+    """A forward pass with gradient: what it told whom, for as long as its graph lives."""
+
+    def __init__(self) -> None:
+        self.told: dict[ConditionState, Told] = {}
+        self.held = False
+        self.over = False
+
+    def hold(self, features: Tensor) -> None:
+        """Live as long as the graph of ``features``, the first that a prompt has changed."""
+        if not self.held and features.requires_grad:
+            features.register_hook(self._end)  # type: ignore[no-untyped-call]
+            self.held = True
+
+    def _end(self, gradient: Tensor) -> None:
+        # The backward pass has come to the first prompt: no hook runs again after that.
+        self.over = True
+
+
+class Passes:
+    """The forward passes with gradient through one backbone that may still run again.
+
+    Activation checkpointing runs the hooks again in the backward pass. All injectors of a backbone
+    share one of these, so that each knows whether it took part in the pass that runs again.
+    """
+
+    def __init__(self) -> None:
+        self._alive: WeakSet[ForwardPass] = WeakSet()
+
+    def begin(self) -> ForwardPass:
+        """Return a new pass."""
+        this = ForwardPass()
+        self._alive.add(this)
+        return this
+
+    def again(self) -> ForwardPass:
+        """Return the pass that runs again.
+
+        Raises:
+            PerceptionError: it may be one of several.
+            BackboneError: it is none of which the graph is known: reentrant checkpointing.
+        """
+        alive = [this for this in self._alive if this.held]
+        waiting = [this for this in alive if not this.over] or alive
+        if len(waiting) > 1:
+            raise PerceptionError(
+                f"activation checkpointing runs the network again, and {len(waiting)} forward "
+                "passes wait for their backward pass, each with its own perception; run the "
+                "backward pass after each forward pass, or turn checkpointing off"
+            )
+        if not waiting:
+            raise BackboneError(f"the network checkpoints its activations {_REENTRANT}")
+        return waiting[0]
+
+    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
+        return Passes, ()  # graphs are neither copied nor saved
 
 
 class ConditionState:
-    """The condition that the hooks read. It outlives the forward pass.
+    """The condition that the hooks of one injector read.
 
-    Activation checkpointing runs the hooks again in the backward pass, so the condition stays;
     ``armed`` says whether a forward pass that set it is under way, so that the backbone, called by
-    itself, never runs on a stale one. Hooks that run again see the last condition only: a backward
-    pass through two forward passes is refused there.
+    itself, never runs on a stale one.
     """
 
     def __init__(self) -> None:
         self.enabled = True
         self.armed = False
-        self.condition: Tensor | None = None
-        self.gated: Mapping[str, Tensor] = {}  # see Branches.gated; empty where not known
-        self.pending: WeakSet[ForwardPass] = WeakSet()
+        self.passes = Passes()
+        self.now: Told | None = None
+        self.this: ForwardPass | None = None
 
-    def arm(self, condition: Tensor) -> None:
-        """Set the condition (B, L, C + 1) of the forward pass that begins."""
-        if not torch.compiler.is_compiling() and condition.requires_grad:
-            this = ForwardPass()
-            self.pending.add(this)
-            condition = cast(Tensor, _Watched.apply(condition, this))
-        self.condition, self.gated = condition, {}
+    def arm(
+        self,
+        condition: Tensor,
+        gated: Mapping[str, Tensor] | None = None,
+        this: ForwardPass | None = None,
+    ) -> None:
+        """Set the condition (B, L, C + 1) of the forward pass that begins.
+
+        Args:
+            condition: of each image, or of all.
+            gated: see :meth:`Branches.gated`.
+            this: the pass, where other injectors take part in it; None begins one.
+        """
+        self.now = Told(condition, gated or {})
+        self.this = None
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self.this = this or self.passes.begin()
+            self.this.told[self] = self.now
         self.armed = True
 
-    def current(self) -> Tensor:
-        """Return the condition (B, L, C + 1).
+    def disarm(self) -> None:
+        """End the forward pass; where its graph lives, hooks can run again."""
+        self.armed = False
+        self.this = None
+
+    def told(self) -> Told | None:
+        """Return what hooks work with, None where this injector takes no part.
 
         Raises:
-            PerceptionError: no forward pass is under way, or a backward pass runs hooks again and
-                goes through several.
-            BackboneError: the hook runs inside reentrant checkpointing.
+            PerceptionError: no forward pass is under way, or hooks run again in a backward pass and
+                it cannot be told of which forward pass.
+            BackboneError: a hook runs inside reentrant checkpointing.
         """
-        if self.armed and self.condition is not None:
-            if not torch.compiler.is_compiling() and self._loses_gradient():
-                raise BackboneError(
-                    "the network checkpoints its activations with use_reentrant=True, which loses "
-                    "the gradient of prompts where the network is frozen: checkpoint with "
-                    "use_reentrant=False, or not at all"
-                )
-            return self.condition
-        if self.condition is None or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling():
+            return self._current()
+        if not self.armed and torch._C._current_graph_task_id() != -1:
+            return self.passes.again().told.get(self)
+        told = self._current()
+        if told is not None and _loses_gradient(told.condition):
+            raise BackboneError(
+                f"the network checkpoints its activations {_REENTRANT}, which loses the gradient "
+                "of prompts where the network is frozen"
+            )
+        return told
+
+    def hold(self, features: Tensor) -> None:
+        """Keep the pass under way for as long as the graph of these features."""
+        if self.this is not None and not torch.compiler.is_compiling():
+            self.this.hold(features)
+
+    def _current(self) -> Told | None:
+        if not self.enabled:
+            return None
+        if not self.armed:
             raise PerceptionError(
                 "the wrapped backbone was called by itself, without a fresh perception; call the "
                 "PerceiveModel, or use its disabled() context, or unwrap() it"
             )
-        if len(self.pending) > 1:
-            raise PerceptionError(
-                f"activation checkpointing runs the network again, and {len(self.pending)} forward "
-                "passes wait for their backward pass, each with its own perception; run the "
-                "backward pass after each forward pass, or turn checkpointing off"
-            )
-        return self.condition
-
-    def _loses_gradient(self) -> bool:
-        """Whether a pass with gradient has come into reentrant checkpointing, which takes it off.
-
-        Other networks that turn gradients off, for a part that they have frozen, mean to.
-        """
-        assert self.condition is not None
-        if torch.is_grad_enabled() or not self.condition.requires_grad:
-            return False
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            if frame.f_code is CheckpointFunction.forward.__code__:
-                return True
-            frame = frame.f_back
-        return False
+        return self.now
 
     def __getstate__(self) -> dict[str, Any]:
         # A condition belongs to the graph of one forward pass: it is neither copied nor saved.
-        return {"enabled": self.enabled}
+        return {"enabled": self.enabled, "passes": self.passes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-        self.enabled = state["enabled"]
+        self.__dict__.update(state)
 
 
-class ForwardPass:
-    """A forward pass that may still see its backward pass; it lives as long as its graph."""
+_REENTRANT = (
+    "with use_reentrant=True, of which the hooks cannot tell the forward pass that runs again: "
+    "checkpoint with use_reentrant=False, or not at all"
+)
 
 
-class _Watched(torch.autograd.Function):
-    """The identity, whose node in the graph keeps a forward pass alive until its backward."""
+def _loses_gradient(condition: Tensor) -> bool:
+    """Whether a pass with gradient has come into reentrant checkpointing, which takes it off.
 
-    @staticmethod
-    def forward(ctx: Any, condition: Tensor, this: ForwardPass) -> Tensor:
-        ctx.this = this
-        return condition.view_as(condition)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.this = None
-        return gradients[0], None
+    Other networks that turn gradients off, for a part that they have frozen, mean to.
+    """
+    if torch.is_grad_enabled() or not condition.requires_grad:
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Lock:

@@ -13,7 +13,10 @@ __all__ = ["Grid", "weights"]
 
 @dataclass(frozen=True)
 class Grid:
-    """Tiles of one size over an image, all starts on a multiple of ``align``.
+    """Tiles of one size over an image, all starts on a multiple of ``align`` where that can be.
+
+    A network that takes one size only has no neighbour on its own grid that overlaps: its tiles
+    start where the overlap wants.
 
     Args:
         size: (height, width) of the image, multiples of ``align``.
@@ -32,7 +35,8 @@ class Grid:
         size, tile = self.size[axis], self.tile[axis]
         if tile >= size:
             return [0]
-        step = max((tile - self.overlap) // self.align * self.align, self.align)
+        most = tile - self.overlap
+        step = most // self.align * self.align or most
         return [*range(0, size - tile, step), size - tile]
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import BackboneError, SiteError
+from perceive_adapter.injection.folding import hidden_weights
 from perceive_adapter.injection.injector import PromptInjector
 from perceive_adapter.injection.modes import training_mode
 from perceive_adapter.injection.plan import Site, SitePlan
@@ -31,8 +32,9 @@ def verified(
     """Attach prompts, compare the output, run a backward pass, and take them off again.
 
     Sites that break the backward pass (their features are changed in place) or that the output
-    does not depend on are dropped; those behind a frozen zero scale are noted in ``blocked``. A
-    network that changes features in place in eval mode alone is tried in training mode.
+    does not depend on are dropped; those behind a frozen zero scale are noted in ``blocked``, and
+    in ``folds`` whether branches may be folded into the weights. A network that changes features in
+    place in eval mode alone is tried in training mode.
 
     Args:
         backbone: inside :func:`~.probe.quiet`.
@@ -47,7 +49,7 @@ def verified(
         BackboneError: hooks alone change the output.
     """
     injector = PromptInjector(plan, config).to(example.image.device)
-    _check_identity(backbone, injector, example, image_in(output, 1))
+    folds = _keeps_output(backbone, injector, example, image_in(output, 1))
     gradients, failure = _working(backbone, injector, example)
     if failure is not None:
         with training_mode(backbone, plan.eval_only):
@@ -63,24 +65,39 @@ def verified(
                 "leave these sites out"
             ) from failure
     blocked = tuple(dict.fromkeys(site.name for site in usable if not gradients[site]))
-    return plan.replace(sites=tuple(usable), blocked=blocked)
+    return plan.replace(sites=tuple(usable), blocked=blocked, folds=folds)
 
 
-def _check_identity(
+@torch.no_grad()
+def _keeps_output(
     backbone: nn.Module, injector: PromptInjector, example: Example, bare: Tensor
-) -> None:
-    with torch.no_grad(), _attached(injector, backbone):
+) -> bool:
+    """Compare the output at step 0 with the bare network's.
+
+    Returns:
+        Whether branches may be folded: not where a layer's weight is read elsewhere too.
+
+    Raises:
+        BackboneError: it is another.
+    """
+    with _attached(injector, backbone):
+        try:
+            with hidden_weights(injector):
+                if torch.equal(bare, _restored(backbone, example)):
+                    return True
+        except Exception:  # of a network that does something else with what is hidden from it
+            pass
         wrapped = _restored(backbone, example)
     if torch.equal(bare, wrapped):
-        return
-    with torch.no_grad():
-        again = _restored(backbone, example)
+        return False
+    again = _restored(backbone, example)
     if torch.equal(bare, again):  # else the backbone itself is random, and nothing can be said
         error = (bare - wrapped).abs().max().item()
         raise BackboneError(
             f"hooks that change nothing change the output of this {type(backbone).__name__} by "
             f"{error:.1e}; it runs another code path when it is hooked. Name other sites=..."
         )
+    return True
 
 
 def _working(
