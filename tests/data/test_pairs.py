@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perceive_adapter.data.pairs import Pair, find_pairs, read_mediums, read_pair
+from perceive_adapter.data.pairs import Pair, find_pairs, holds_pairs, read_mediums, read_pair
 from perceive_adapter.errors import ConfigError, ImageError
 
 
@@ -66,6 +66,25 @@ def test_a_target_of_the_same_name_comes_first(tmp_path: Path) -> None:
     assert found(tmp_path) == [
         ("input/1.png", "gt/1.png", ""),
         ("input/1_2.png", "gt/1_2.png", ""),
+    ]
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "disk", "input/scene/1.png", "clean/1.png")
+    root = tmp_path / "root"
+    (root / "derain").mkdir(parents=True)
+    (root / "derain" / "input").symlink_to(tmp_path / "disk" / "input")
+    (root / "derain" / "gt").mkdir()
+    (root / "derain" / "gt" / "scene").symlink_to(tmp_path / "disk" / "clean")
+    (root / "dehaze").mkdir()
+    (root / "dehaze" / "input").symlink_to(tmp_path / "disk" / "clean")
+    (root / "dehaze" / "gt").symlink_to(tmp_path / "disk" / "clean")
+    for circle in (root, root / "derain", tmp_path / "disk" / "clean"):
+        (circle / "circle").symlink_to(circle)
+    assert holds_pairs(root)
+    assert found(root) == [
+        ("dehaze/input/1.png", "dehaze/gt/1.png", "dehaze"),
+        ("derain/input/scene/1.png", "derain/gt/scene/1.png", "derain"),
     ]
 
 

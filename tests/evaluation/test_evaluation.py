@@ -122,6 +122,17 @@ def test_named_sets_are_found_at_any_depth(tmp_path: Path) -> None:
     assert sorted(case.group for case in everything) == ["Rain100H", "Rain100L", "Rain100L"]
 
 
+def test_named_sets_may_be_behind_links(tmp_path: Path) -> None:
+    save(tmp_path / "disk" / "CBSD68" / "gt" / "1.png")
+    pairs(tmp_path / "disk" / "Rain100L", "1")
+    pairs(tmp_path / "other", "1")
+    (tmp_path / "data").mkdir()
+    for name, place in [("disk", "disk"), ("SOTS", "other"), ("circle", "data")]:
+        (tmp_path / "data" / name).symlink_to(tmp_path / place)
+    groups = [case.group for case in PROTOCOLS["three-tasks"].cases(tmp_path / "data")]
+    assert groups[-2:] == ["SOTS", "Rain100L"]
+
+
 def test_of_a_set_the_part_to_test_on_counts(tmp_path: Path) -> None:
     for name in ("original_png", "noisy25"):
         save(tmp_path / "CBSD68" / name / "1.png")

@@ -12,8 +12,9 @@ from typing import Final, Literal, TypeAlias
 
 from torch import Tensor
 
+from perceive_adapter.data.folders import walk
 from perceive_adapter.data.images import open_image, read_image
-from perceive_adapter.data.samples import IMAGE_SUFFIXES
+from perceive_adapter.data.samples import IMAGE_SUFFIXES, images_below
 from perceive_adapter.data.shards import Member, shard_group, shard_members, shards_below
 from perceive_adapter.errors import ConfigError, ImageError
 
@@ -182,7 +183,7 @@ def holds_pairs(folder: str | os.PathLike[str]) -> bool:
     known = (DEGRADED_FOLDERS, TARGET_FOLDERS)
     return bool(shards_below(root)) or any(
         all(any(name.casefold() in side for name in names) for side in known)
-        for _, names, _ in os.walk(root, followlinks=True)
+        for _, names, _ in walk(root)
     )
 
 
@@ -225,8 +226,7 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
     """Yield the folders of degraded, of clean and of half-restored images of every set."""
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
-    for parent, names, _ in os.walk(root, followlinks=True):
-        names.sort()
+    for parent, names, _ in walk(root):
         sides = [
             [name for name in names if name.casefold() in known]
             for known in (DEGRADED_FOLDERS, TARGET_FOLDERS)
@@ -235,11 +235,11 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
             continue
         if max(len(side) for side in sides) > 1:
             raise ConfigError(
-                f"{parent!r} has several folders for one side of its pairs, {sides[0]} of degraded "
+                f"{str(parent)!r} has several folders for one side of its pairs, {sides[0]} of degraded "
                 f"and {sides[1]} of clean images: expected one of each. Move one elsewhere."
             )
-        mediums = [Path(parent, name) for name in names if _is_medium(name)]
-        yield Path(parent, sides[0][0]), Path(parent, sides[1][0]), mediums
+        mediums = [parent / name for name in names if _is_medium(name)]
+        yield parent / sides[0][0], parent / sides[1][0], mediums
 
 
 def _expected() -> str:
@@ -312,7 +312,7 @@ def _one_of(sample: Mapping[str, Member], names: Iterable[str]) -> Member | None
 
 def _files(folder: Path) -> dict[tuple[str, str], Path]:
     """Return the images below a folder by their subfolder and name without ending."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = images_below(folder)
     return {(path.parent.relative_to(folder).as_posix(), path.stem): path for path in paths}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from perceive_adapter.data.degradations import DEGRADATIONS
+from perceive_adapter.data.folders import walk
 from perceive_adapter.data.pairs import find_pairs
 from perceive_adapter.data.samples import find_images
 from perceive_adapter.errors import ConfigError
@@ -76,9 +77,11 @@ class Protocol:
 
 def _find(data: Path, wanted: _Set, protocol: str) -> tuple[Path, Path]:
     """Find the folder of a set, below ``data`` or ``data`` itself, and its part to test on."""
+    folders = [data] if data.is_dir() else []
+    folders += sorted(parent / name for parent, names, _ in walk(data) for name in names)
     for name in wanted.names:
-        places = sorted(path for path in (data, *data.rglob(name)) if path.name == name)
-        for folder in filter(Path.is_dir, places):
+        folder = next((folder for folder in folders if folder.name == name), None)
+        if folder is not None:
             parts = [folder / part for part in wanted.parts if (folder / part).is_dir()]
             return folder, parts[0] if parts else folder
     raise ConfigError(
