@@ -1,6 +1,8 @@
 """Pairs of images on disk."""
 
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,31 @@ def test_turned_photographs_fit_upright_ones(tmp_path: Path) -> None:
     Image.new("RGB", (9, 6)).save(tmp_path / "input" / "a.jpg", exif=exif)
     (pair,) = find_pairs(tmp_path).pairs
     assert [image.shape for image in read_pair(pair)] == [(3, 9, 6)] * 2
+
+
+def test_of_a_png_only_the_head_is_read_also_where_it_is_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "input").mkdir()
+    for name in ("plain", "turned", "turned_late"):
+        size = (90, 60) if name == "plain" else (60, 90)
+        write(tmp_path, f"gt/{name}.png", size=size)
+        file = tmp_path / "input" / f"{name}.png"
+        noise = Image.effect_noise((90, 60), 50)
+        noise.save(file, exif=exif if name == "turned" else b"")
+        if name == "turned_late":
+            data = exif.tobytes().removeprefix(b"Exif\0\0")
+            late = struct.pack(">I", len(data)) + b"eXIf" + data
+            late += struct.pack(">I", zlib.crc32(b"eXIf" + data))
+            file.write_bytes(file.read_bytes()[:-12] + late + file.read_bytes()[-12:])
+        else:
+            file.write_bytes(file.read_bytes()[:-500])  # in the middle of the pixels
+    pairs = find_pairs(tmp_path).pairs
+    assert [pair.degraded.name for pair in pairs] == ["plain.png", "turned.png", "turned_late.png"]
+    for pair in pairs[:2]:
+        with pytest.raises(ImageError, match="cannot be read"):
+            read_pair(pair)
+    assert read_pair(pairs[2])[0].shape == (3, 90, 60)
 
 
 def test_reading_gray_and_alpha(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Final, Literal, TypeAlias
 from torch import Tensor
 
 from perceive_adapter.data.folders import walk
+from perceive_adapter.data.heads import image_size
 from perceive_adapter.data.images import open_image, read_image
 from perceive_adapter.data.samples import IMAGE_SUFFIXES, images_below
 from perceive_adapter.data.shards import Member, shard_group, shard_members, shards_below
@@ -64,8 +65,6 @@ MEDIUM_WORD: Final = "medium"
 File: TypeAlias = Path | Member
 """An image on disk, or one inside a shard."""
 
-_ORIENTATION: Final = 0x0112  # EXIF's tag; from 5 on, the image is turned by a quarter
-_MODES: Final = ("L", "LA", "P", "RGB", "RGBA")
 _NAMED: Final = 5  # problems that an error names
 
 
@@ -235,8 +234,8 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
             continue
         if max(len(side) for side in sides) > 1:
             raise ConfigError(
-                f"{str(parent)!r} has several folders for one side of its pairs, {sides[0]} of degraded "
-                f"and {sides[1]} of clean images: expected one of each. Move one elsewhere."
+                f"{str(parent)!r} has several folders for one side of its pairs, {sides[0]} of "
+                f"degraded and {sides[1]} of clean images: expected one of each. Move one elsewhere."
             )
         mediums = [parent / name for name in names if _is_medium(name)]
         yield parent / sides[0][0], parent / sides[1][0], mediums
@@ -336,28 +335,13 @@ def _problem(pair: Pair) -> str | None:
     for file in files:
         assert isinstance(file, Path)
         try:
-            sizes.append(_size(file))
+            sizes.append(image_size(file))
         except ImageError as error:
             return str(error)
     for file, size in zip(files, sizes, strict=True):
         if size != sizes[0]:
             return _sizes(file, pair.target, size, sizes[0])
     return None
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Height and width of an image that can be used, without decoding it."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            mode, (width, height) = image.mode, image.size
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{str(path)!r} cannot be read as an image ({error})") from error
-    if mode not in _MODES:
-        raise ImageError(f"{str(path)!r} has mode {mode}, expected 8 bits of gray or RGB")
-    return (width, height) if turned else (height, width)
 
 
 def _check_size(file: File, image: Tensor, target_file: File, target: Tensor) -> None:
