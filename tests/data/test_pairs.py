@@ -71,6 +71,40 @@ def test_a_target_of_the_same_name_comes_first(tmp_path: Path) -> None:
     ]
 
 
+def test_of_two_files_of_one_name_those_with_one_ending_belong_together(tmp_path: Path) -> None:
+    write(tmp_path, "input/1.bmp", "input/1.png", "gt/1.bmp", "gt/1.png")
+    write(tmp_path, "input/2.png", "gt/2.jpg", "gt/2.png")
+    write(tmp_path, "input/3.bmp", "input/3.png", "gt/3.png")
+    write(tmp_path, "medium/1.png", "medium/3.png")
+    assert found(tmp_path, broken="skip") == [
+        (f"input/{name}", f"gt/{name}", "") for name in ("1.bmp", "1.png", "2.png", "3.png")
+    ]
+    listed = find_pairs(tmp_path, broken="skip")
+    halves = [[file and file.name for file in pair.mediums] for pair in listed.pairs]
+    assert halves == [[None], ["1.png"], [None], ["3.png"]]
+    assert len(listed.skipped) == 2
+    with pytest.raises(
+        ImageError,
+        match=r"input/3\.bmp' has no partner of its own: '3\.bmp' and '3\.png' are several files .*"
+        r"gt/2\.jpg' has no partner of its own: '2\.jpg' and '2\.png' are",
+    ):
+        find_pairs(tmp_path)
+
+
+def test_two_files_of_one_name_are_no_partners_of_a_third(tmp_path: Path) -> None:
+    write(tmp_path, "input/1.jpg", "gt/1.bmp", "gt/1.png")
+    write(tmp_path, "input/2_1.png", "gt/2.bmp", "gt/2.png")
+    write(tmp_path, "input/3.png", "gt/3.png", "medium/3.bmp", "medium/3.jpg")
+    write(tmp_path, "input/4_1.png", "gt/4.png", "medium/4.png")
+    listed = find_pairs(tmp_path, broken="skip")
+    used = [(pair.degraded.name, pair.mediums) for pair in listed.pairs]
+    assert used == [("3.png", (None,)), ("4_1.png", (None,))]
+    *several, alone = listed.skipped
+    assert len(several) == 8
+    assert all("several files of one name" in problem for problem in several)
+    assert "medium/4.png' has no partner in" in alone
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     write(tmp_path / "disk", "input/scene/1.png", "clean/1.png")
     root = tmp_path / "root"

@@ -65,7 +65,10 @@ MEDIUM_WORD: Final = "medium"
 File: TypeAlias = Path | Member
 """An image on disk, or one inside a shard."""
 
+_Key: TypeAlias = tuple[str, str]  # subfolder, and name without its ending
+
 _NAMED: Final = 5  # problems that an error names
+_SEVERAL: Final = "several files of one name but for the ending"
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ def find_pairs(
 
     A set of pairs is a folder that holds one of degraded images (one of ``DEGRADED_FOLDERS``) and
     one of clean images (one of ``TARGET_FOLDERS``), in any case of letters. Files belong together
-    that have the same name but for its ending, in the same subfolder. Where there is no such
-    target, these rules of well-known data sets apply:
+    that have the same name but for its ending, in the same subfolder; of several such files, those
+    that have the same ending too, and the others are left over. Where there is no such target,
+    these rules of well-known data sets apply:
 
     - RESIDE: ``0001_0.8_0.2`` belongs to ``0001``, which may have several degraded images.
     - Rain100L, LOL-v2: ``rain-001`` belongs to ``norain-001``, ``low00690`` to ``normal00690``.
@@ -129,9 +133,9 @@ def find_pairs(
     Args:
         folder: root of one or several sets, such as all-in-one training's ``denoise/input``,
             ``denoise/gt``, ``derain/input`` and so on.
-        broken: what to do with a file without a partner, a file that is no image, an image of a
-            kind that cannot be used, and a pair of two sizes: raise an error that names them, or
-            leave them out and say so in ``skipped``.
+        broken: what to do with a file without a partner or one of its own, a file that is no image,
+            an image of a kind that cannot be used, and a pair of two sizes: raise an error that
+            names them, or leave them out and say so in ``skipped``.
 
     Raises:
         ConfigError: there is no such folder or no set in it, a set has several folders for one
@@ -235,7 +239,8 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
         if max(len(side) for side in sides) > 1:
             raise ConfigError(
                 f"{str(parent)!r} has several folders for one side of its pairs, {sides[0]} of "
-                f"degraded and {sides[1]} of clean images: expected one of each. Move one elsewhere."
+                f"degraded and {sides[1]} of clean images: expected one of each. Move one "
+                "elsewhere."
             )
         mediums = [parent / name for name in names if _is_medium(name)]
         yield parent / sides[0][0], parent / sides[1][0], mediums
@@ -256,43 +261,62 @@ def _match(degraded: Path, target: Path, mediums: Sequence[Path]) -> tuple[list[
     """Return the files that belong together, and what is wrong with the others."""
     inputs, targets = _files(degraded), _files(target)
     halves = [_files(folder) for folder in mediums]
-    exact = inputs.keys() & targets.keys()
-    others = {key: file for key, file in targets.items() if key not in exact}
+    others = {key: files for key, files in targets.items() if key not in inputs}
     found, problems = [], []
-    used: set[tuple[str, str]] = set()
-    for key, file in inputs.items():
-        partner = key if key in exact else _partner(key, others)
-        if partner is None:
-            problems.append(f"{str(file)!r} has no partner in {str(target)!r}")
-        else:
-            found.append(Pair(file, targets[partner], "", tuple(half.get(key) for half in halves)))
-            used.add(partner)
-    for key, file in targets.items():
-        if key not in used:
-            problems.append(f"{str(file)!r} has no partner in {str(degraded)!r}")
-    for half in halves:
-        for key, file in half.items():
-            if key not in inputs:
-                problems.append(f"{str(file)!r} has no partner in {str(degraded)!r}")
+    asking: dict[_Key, list[Path]] = {}  # degraded images by the name of the target they ask for
+    for key, files in inputs.items():
+        partner = key if key in targets else _partner(key, others)
+        clean = targets[partner] if partner is not None else []
+        asking[partner or key] = files
+        for file in files:
+            own = _own(file, files, clean)
+            if own is None:
+                problems.append(_left(file, files, clean, target))
+            else:
+                restored = tuple(_own(file, files, half.get(key, [])) for half in halves)
+                found.append(Pair(file, own, "", restored))
+    used = {file for pair in found for file in (pair.target, *pair.mediums)}
+    for side, partners in ((targets, asking), *((half, inputs) for half in halves)):
+        for key, files in side.items():
+            left = [file for file in files if file not in used]
+            problems += [_left(file, files, partners.get(key, []), degraded) for file in left]
     return found, problems
+
+
+def _own(file: Path, rivals: Sequence[Path], partners: Sequence[Path]) -> Path | None:
+    """Return the partner of the very name, or the only one that only this file asks for."""
+    same = next((partner for partner in partners if partner.name == file.name), None)
+    return partners[0] if same is None and len(rivals) == len(partners) == 1 else same
+
+
+def _left(file: Path, rivals: Sequence[Path], partners: Sequence[Path], other: Path) -> str:
+    """Say why a file has no partner."""
+    if not partners:
+        return f"{str(file)!r} has no partner in {str(other)!r}"
+    alike = rivals if len(rivals) > 1 else partners
+    names = " and ".join(repr(path.name) for path in alike)
+    return f"{str(file)!r} has no partner of its own: {names} are {_SEVERAL}"
 
 
 def _in_shard(shard: Path, group: str) -> tuple[list[Pair], list[str]]:
     """Return the pairs inside a shard, and what is wrong with other samples."""
-    samples: dict[str, dict[str, Member]] = {}
+    samples: dict[str, dict[str, list[Member]]] = {}
     try:
         for member in shard_members(shard):
             if member.name.lower().endswith(IMAGE_SUFFIXES):
                 part = member.field.rpartition(".")[0].casefold()
-                samples.setdefault(member.sample, {})[part] = member
+                samples.setdefault(member.sample, {}).setdefault(part, []).append(member)
     except ImageError as error:
         return [], [str(error)]
     parts = {part for sample in samples.values() for part in sample}
     mediums = sorted(filter(_is_medium, parts))
     found, problems = [], []
-    for name, sample in samples.items():
+    for name, members in samples.items():
+        sample = {part: several[0] for part, several in members.items()}
         sides = [_one_of(sample, known) for known in (DEGRADED_FOLDERS, TARGET_FOLDERS)]
-        if sides[0] is None or sides[1] is None:
+        if alike := _alike(members, mediums):
+            problems.append(f"the sample {name!r} of {str(shard)!r} has {alike}, {_SEVERAL}")
+        elif sides[0] is None or sides[1] is None:
             has = ", ".join(sorted(sample))
             problems.append(f"the sample {name!r} of {str(shard)!r} has {has}, which is no pair")
         else:
@@ -309,15 +333,24 @@ def _one_of(sample: Mapping[str, Member], names: Iterable[str]) -> Member | None
     return found[0] if len(found) == 1 else None
 
 
-def _files(folder: Path) -> dict[tuple[str, str], Path]:
+def _alike(members: Mapping[str, Sequence[Member]], mediums: Sequence[str]) -> str:
+    """Name the members that would be the same part of a sample; nothing where there are none."""
+    for part in (*DEGRADED_FOLDERS, *TARGET_FOLDERS, *mediums):
+        if len(members.get(part, ())) > 1:
+            return " and ".join(repr(member.name) for member in members[part])
+    return ""
+
+
+def _files(folder: Path) -> dict[_Key, list[Path]]:
     """Return the images below a folder by their subfolder and name without ending."""
-    paths = images_below(folder)
-    return {(path.parent.relative_to(folder).as_posix(), path.stem): path for path in paths}
+    files: dict[_Key, list[Path]] = {}
+    for path in images_below(folder):
+        key = path.parent.relative_to(folder).as_posix(), path.stem
+        files.setdefault(key, []).append(path)
+    return files
 
 
-def _partner(
-    key: tuple[str, str], targets: Mapping[tuple[str, str], Path]
-) -> tuple[str, str] | None:
+def _partner(key: _Key, targets: Mapping[_Key, object]) -> _Key | None:
     """Return the target of a degraded image that has no target of its own name."""
     subfolder, stem = key
     parts = stem.split("_")
