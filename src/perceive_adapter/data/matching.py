@@ -21,6 +21,7 @@ __all__ = [
     "is_medium",
     "match_folders",
     "match_shard",
+    "name_below",
 ]
 
 DEGRADED_FOLDERS: Final = (
@@ -77,6 +78,19 @@ class Pair:
     target: File
     group: str
     mediums: tuple[File | None, ...] = ()
+
+
+def name_below(file: File, root: Path) -> str:
+    """Return a file's path relative to a folder that it was found in.
+
+    Example:
+        >>> member = Member(Path("data/rain/0.tar"), "7.gt.png", offset=512, size=99)
+        >>> name_below(Path("data/rain/gt/7.png"), Path("data")), name_below(member, Path("data"))
+        ('rain/gt/7.png', 'rain/0.tar:7.gt.png')
+    """
+    if isinstance(file, Member):
+        return f"{name_below(file.shard, root)}:{file.path}"
+    return file.relative_to(root).as_posix()
 
 
 def is_medium(name: str) -> bool:

@@ -64,15 +64,16 @@ class Protocol:
         if self.noisy is not None:
             folder, part = _find(data, self.noisy, self.name)
             for sigma in _SIGMAS:
-                yield from noise_cases(find_images(part), sigma, f"{folder.name} sigma {sigma}")
+                group = f"{folder.name} sigma {sigma}"
+                yield from noise_cases(find_images(part), sigma, group, data)
         if self.pairs is None:
-            yield from pair_cases(find_pairs(data).pairs)
+            yield from pair_cases(find_pairs(data).pairs, data)
         for one in self.pairs or ():
             folder, part = _find(data, one, self.name)
-            for case in pair_cases(find_pairs(part).pairs):
+            for case in pair_cases(find_pairs(part).pairs, data):
                 yield Case(folder.name, case.image, case.load)
         if self.tasks:
-            yield from degraded_cases(find_images(data), self.tasks)
+            yield from degraded_cases(find_images(data), self.tasks, data)
 
 
 def _find(data: Path, wanted: _Set, protocol: str) -> tuple[Path, Path]:
