@@ -189,6 +189,30 @@ def test_unreadable_files(photos: Path, tmp_path: Path, saved: Path, capsys: Any
     assert "Traceback" not in captured.err
 
 
+def test_names_that_the_terminal_cannot_show(tmp_path: Path, saved: Path) -> None:
+    names = ["été.png", os.fsdecode(b"\xff.png"), "plain.png"]
+    for name in names:
+        Image.new("RGB", (40, 40), "gray").save(tmp_path / name)
+    told = [sys.executable, "-m", "perceive_adapter", "perceive", "--perceiver", str(saved)]
+    told += [str(tmp_path), str(tmp_path / "né.png")]
+    for encoding, shown, more in (
+        ("ascii", r"\xe9t\xe9.png", []),
+        ("utf-8", "été.png", []),
+        ("ascii", "", ["--json"]),
+    ):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        run = subprocess.run([*told, *more], env=environment, capture_output=True)
+        assert b"Traceback" not in run.stderr
+        assert run.returncode == 1  # one is missing
+        printed = run.stdout.decode(encoding)
+        if more:
+            assert {Path(record["file"]).name for record in json.loads(printed)} == set(names)
+            continue
+        header, *rows = printed.splitlines()
+        assert {Path(row.split()[0]).name for row in rows} == {shown, r"\udcff.png", "plain.png"}
+        assert {row[header.index("score") - 1] for row in rows} == {" "}
+
+
 def test_an_unknown_perceiver(photos: Path, tmp_path: Path, capsys: Any) -> None:
     assert perceive(photos, "--perceiver", tmp_path) == 2
     captured = capsys.readouterr()
