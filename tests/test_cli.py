@@ -3,15 +3,19 @@
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,16 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from perceive_adapter import ConfigError, QualityPerceiver
+from perceive_adapter import ConfigError, ImageError, QualityPerceiver
 from perceive_adapter.cli import COMMANDS, main
+from perceive_adapter.cli.finetune_data import Found, find_data
 from perceive_adapter.cli.options import device, integer, rate
 from perceive_adapter.data import FAMILIES, KINDS
+from perceive_adapter.data.contents import content_digest
+from perceive_adapter.data.pairs import Pair, read_pair
+from perceive_adapter.data.samples import load_photos
 from perceive_adapter.perceiver.towers import build_clip
+from perceive_adapter.training.aside import set_aside
 from perceive_adapter.training.pretrain import TinyTowers, as_perceiver
 from perceive_adapter.training.runs import audit_elsewhere, split_photos
 
@@ -187,6 +196,30 @@ def test_unreadable_files(photos: Path, tmp_path: Path, saved: Path, capsys: Any
         (complaint,) = (line for line in complaints if f"{tmp_path / name}: " in line)
         assert "leave this one out" in complaint or "Give a folder" in complaint
     assert "Traceback" not in captured.err
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path: Path, saved: Path) -> None:
+    names = ["été.png", os.fsdecode(b"\xff.png"), "plain.png"]
+    for name in names:
+        Image.new("RGB", (40, 40), "gray").save(tmp_path / name)
+    told = [sys.executable, "-m", "perceive_adapter", "perceive", "--perceiver", str(saved)]
+    told += [str(tmp_path), str(tmp_path / "né.png")]
+    for encoding, shown, more in (
+        ("ascii", r"\xe9t\xe9.png", []),
+        ("utf-8", "été.png", []),
+        ("ascii", "", ["--json"]),
+    ):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        run = subprocess.run([*told, *more], env=environment, capture_output=True)
+        assert b"Traceback" not in run.stderr
+        assert run.returncode == 1  # one is missing
+        printed = run.stdout.decode(encoding)
+        if more:
+            assert {Path(record["file"]).name for record in json.loads(printed)} == set(names)
+            continue
+        header, *rows = printed.splitlines()
+        assert {Path(row.split()[0]).name for row in rows} == {shown, r"\udcff.png", "plain.png"}
+        assert {row[header.index("score") - 1] for row in rows} == {" "}
 
 
 def test_an_unknown_perceiver(photos: Path, tmp_path: Path, capsys: Any) -> None:
@@ -717,13 +750,13 @@ def test_broken_photographs_are_named_or_skipped_and_never_lose_the_adapter(
 ) -> None:
     folder = tmp_path / "some"
     shutil.copytree(photos, folder)
-    for name in ("a.jpg", "zz.jpg"):  # the last of five to nine is set aside
+    for index, name in enumerate(("a.jpg", "b.jpg")):
         Image.open(photos / "astronaut.png").save(folder / name)
-        (folder / name).write_bytes((folder / name).read_bytes()[:-60])
+        (folder / name).write_bytes((folder / name).read_bytes()[: -60 - index])
     out = tmp_path / "out"
     told = ["finetune", "--backbone", network, "--data", str(folder), "--out", str(out), *SHORT]
     assert main(told) == 2
-    assert re.search(r"a\.jpg.*--broken skip", capsys.readouterr().err)
+    assert re.search(r"[ab]\.jpg.*--broken skip", capsys.readouterr().err)
     assert main([*told, "--broken", "skip"]) == 0
     printed = capsys.readouterr()
     assert "Skipped 2 files" in printed.err
@@ -746,29 +779,167 @@ def test_the_backbone_alone_is_measured_as_if_nothing_were_wrapped(
     assert with_adapter[4].removesuffix(" |") != with_adapter[3]
 
 
-def test_tasks_are_folders_and_targets_are_set_aside_with_all_that_is_theirs(
-    photos: Path, tmp_path: Path
-) -> None:
-    from perceive_adapter.cli.finetune_plan import find_data
+# What finetune trains on and sets aside
 
-    image = Image.open(photos / "astronaut.png")
-    for scene in ("one", "two"):
-        for side in ("blur", "sharp"):
-            (tmp_path / "GOPRO" / "train" / scene / side).mkdir(parents=True)
-            image.save(tmp_path / "GOPRO" / "train" / scene / side / "1.png")
+
+def pair_files(folder: Path, name: str, scene: int, damage: int = 100) -> None:
+    """A pair whose target is decided by the scene alone."""
+    pixels = np.random.default_rng(scene).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for side, shown in (("input", pixels // 2 + damage), ("gt", pixels)):
+        file = folder / side / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shown.astype(np.uint8)).save(file)
+
+
+def contents(found: Found) -> tuple[set[bytes], set[bytes]]:
+    """What is trained on, and what is set aside, as pixels."""
+
+    def pixels(pairs: Sequence[Pair]) -> set[bytes]:
+        return {read_pair(pair)[1].numpy().tobytes() for pair in pairs}
+
+    photos = {photo.numpy().tobytes() for photo in found.photos}
+    held = {photo.numpy().tobytes() for photo in load_photos(found.held_photos)}
+    return pixels(found.pairs) | photos, pixels(found.held_pairs) | held
+
+
+def held_counts(found: Found) -> dict[str, tuple[int, int]]:
+    groups = {pair.group for pair in (*found.pairs, *found.held_pairs)}
+    return {
+        group: tuple(
+            sum(pair.group == group for pair in pairs) for pairs in (found.pairs, found.held_pairs)
+        )
+        for group in groups
+    }
+
+
+def test_tasks_are_folders_and_targets_are_set_aside_with_all_that_is_theirs(
+    tmp_path: Path,
+) -> None:
+    for scene in range(2):
+        pair_files(tmp_path / "GOPRO" / "train" / str(scene), "1", scene)
     for index in range(6):
-        for name, side in (
-            *((f"{index}_{beta}.png", "hazy") for beta in "123"),
-            (f"{index}.png", "clear"),
-        ):
-            (tmp_path / "RESIDE" / side).mkdir(parents=True, exist_ok=True)
-            image.save(tmp_path / "RESIDE" / side / name)
+        for beta in (1, 2, 3):
+            pair_files(tmp_path / "RESIDE", f"{index}_{beta}", 10 + index, 10 * beta)
+            target = tmp_path / "RESIDE" / "gt" / f"{index}_{beta}.png"
+            target.rename(target.with_name(f"{index}.png"))
     found = find_data([tmp_path], "raise")
-    assert {pair.group for pair in found.pairs} == {"GOPRO", "RESIDE"}
-    assert len(found.held_pairs) == 3
+    assert held_counts(found) == {"GOPRO": (2, 0), "RESIDE": (15, 3)}
     assert not {p.target for p in found.held_pairs} & {p.target for p in found.pairs}
     alone = find_data([tmp_path / "RESIDE", tmp_path / "GOPRO"], "raise")
     assert {pair.group for pair in alone.pairs} == {"train", "RESIDE"}
+
+
+def test_what_is_set_aside_is_not_trained_on_under_another_name_or_task(tmp_path: Path) -> None:
+    for scene in range(30):
+        pair_files(tmp_path / "all" / "derain", f"{scene}", scene)
+        pair_files(tmp_path / "all" / "derain", f"copy-{scene}", scene, damage=50)
+    for scene in range(20, 40):
+        pair_files(tmp_path / "all" / "dehaze", f"{scene}", scene, damage=30)
+    for scene in (1, 21, 22, 39):
+        pair_files(tmp_path / "all" / "few", f"{scene}", scene, damage=20)
+    shutil.copytree(tmp_path / "all" / "derain" / "gt", tmp_path / "photos" / "deep")
+    for scene in range(50, 60):
+        pair_files(tmp_path / "x", f"{scene}", scene)
+        shutil.copy(tmp_path / "x" / "gt" / f"{scene}.png", tmp_path / "photos")
+    found = find_data([tmp_path / "all", tmp_path / "photos"], "raise")
+    trained, held = contents(found)
+    assert held
+    assert not trained & held
+    assert held_counts(found) == {"derain": (54, 6), "dehaze": (18, 2), "few": (4, 0)}
+    assert (len(found.photos), len(found.held_photos)) == (36, 4)
+    again = [tmp_path / "all" / "dehaze", tmp_path / "photos" / "deep"]
+    overlapping = find_data([tmp_path / "all", tmp_path / "photos", *again], "raise")
+    assert overlapping[2:] == found[2:]
+    assert overlapping.pairs == found.pairs
+
+
+def test_whole_scenes_are_set_aside(tmp_path: Path) -> None:
+    for scene in range(12):
+        for frame in range(4):
+            pair_files(tmp_path / "GOPRO" / "train" / str(scene), f"{frame}", 10 * scene + frame)
+    pair_files(tmp_path / "GOPRO" / "train" / "11", "4", 0, damage=10)  # of the first scene
+    found = find_data([tmp_path], "raise")
+    scenes = [
+        {pair.target.parent.parent.name for pair in pairs}
+        for pairs in (found.pairs, found.held_pairs)
+    ]
+    assert not scenes[0] & scenes[1]
+    assert len(scenes[0]) + len(scenes[1]) == 12
+    assert len(scenes[1]) in (1, 2)
+    assert ("0" in scenes[1]) == ("11" in scenes[1])
+
+
+@pytest.mark.parametrize(("parts", "expected"), [(4, 0), (5, 1), (9, 1), (19, 1), (20, 2)])
+def test_shares_that_are_set_aside(parts: int, expected: int) -> None:
+    task = [{f"{index}"} for index in range(parts)]
+    assert len(set_aside([task])) == expected
+    assert set_aside([task[::-1], task]) == set_aside([task])
+
+
+def test_parts_of_shards_are_told_by_their_contents(tmp_path: Path) -> None:
+    for scene in range(10):
+        pair_files(tmp_path / "files" / "haze", f"{scene}", scene)
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "haze-0.tar", "w") as archive:
+        for scene in range(10):
+            for side in ("input", "gt"):
+                file = tmp_path / "files" / "haze" / side / f"{scene}.png"
+                archive.add(file, f"{9 - scene}.{side}.png")
+    alone = find_data([tmp_path / "shards"], "raise")
+    both = find_data([tmp_path / "files", tmp_path / "shards"], "raise")
+    assert (len(both.pairs), len(both.held_pairs)) == (len(alone.pairs), 1)
+    assert contents(alone) == contents(both)
+
+
+def test_other_contents_are_other_data_and_other_spellings_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for scene in range(6):
+        pair_files(tmp_path / "sets" / "rain", f"{scene}", scene)
+        pair_files(tmp_path / "photos", f"{scene}", 10 + scene)
+    (tmp_path / "photos" / "input").rename(tmp_path / "photos" / "more")
+    folders = [tmp_path / "sets", tmp_path / "photos"]
+
+    def digest(*given: Path) -> str:
+        return find_data(given, "raise").digest
+
+    first = digest(*folders)
+    monkeypatch.chdir(tmp_path / "sets")
+    assert digest(Path("."), Path("../photos")) == first
+    (tmp_path / "elsewhere").mkdir()
+    moved = [shutil.copytree(folder, tmp_path / "elsewhere" / folder.name) for folder in folders]
+    assert digest(*moved) == first
+    for change in ("sets/rain/input/3.png", "sets/rain/gt/3.png", "photos/gt/3.png"):
+        file = tmp_path / change
+        before = file.read_bytes()
+        pixels = np.asarray(Image.open(file)) ^ 1
+        Image.fromarray(pixels).save(file)
+        assert digest(*folders) != first
+        file.write_bytes(before)
+    assert digest(*folders) == first
+    file.rename(file.with_name("9.png"))
+    assert digest(*folders) != first
+
+
+@pytest.mark.parametrize("folder", [".", "gt"])
+def test_broken_files_that_are_set_aside_are_named_or_skipped(tmp_path: Path, folder: str) -> None:
+    """Of pairs, and of photographs."""
+    for scene in range(9):
+        pair_files(tmp_path, f"{scene}", scene)
+    first, *others = sorted((tmp_path / "gt").iterdir())
+    kept = [{content_digest(file)} for file in others]
+    cut = first.read_bytes()[:-60]
+    for junk in itertools.count():  # until it is this one that is set aside
+        first.write_bytes(cut + struct.pack(">I", junk))
+        if content_digest(first) in set_aside([[*kept, {content_digest(first)}]]):
+            break
+    with pytest.raises(ImageError, match=r"0\.png.* Or leave such files out with --broken skip"):
+        find_data([tmp_path / folder], "raise")
+    found = find_data([tmp_path / folder], "skip")
+    assert len(found.pairs or found.photos) == 8
+    assert not found.held_pairs
+    assert not found.held_photos
+    assert len(found.skipped) == 1
 
 
 def test_a_saved_adapter_keeps_what_it_treats(network: str, photos: Path, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Pairs of images on disk."""
 
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from perceive_adapter.data.pairs import Pair, find_pairs, read_mediums, read_pair
+from perceive_adapter.data.pairs import Pair, find_pairs, holds_pairs, read_mediums, read_pair
 from perceive_adapter.errors import ConfigError, ImageError
 
 
@@ -69,6 +71,59 @@ def test_a_target_of_the_same_name_comes_first(tmp_path: Path) -> None:
     ]
 
 
+def test_of_two_files_of_one_name_those_with_one_ending_belong_together(tmp_path: Path) -> None:
+    write(tmp_path, "input/1.bmp", "input/1.png", "gt/1.bmp", "gt/1.png")
+    write(tmp_path, "input/2.png", "gt/2.jpg", "gt/2.png")
+    write(tmp_path, "input/3.bmp", "input/3.png", "gt/3.png")
+    write(tmp_path, "medium/1.png", "medium/3.png")
+    assert found(tmp_path, broken="skip") == [
+        (f"input/{name}", f"gt/{name}", "") for name in ("1.bmp", "1.png", "2.png", "3.png")
+    ]
+    listed = find_pairs(tmp_path, broken="skip")
+    halves = [[file and file.name for file in pair.mediums] for pair in listed.pairs]
+    assert halves == [[None], ["1.png"], [None], ["3.png"]]
+    assert len(listed.skipped) == 2
+    with pytest.raises(
+        ImageError,
+        match=r"input/3\.bmp' has no partner of its own: '3\.bmp' and '3\.png' are several files .*"
+        r"gt/2\.jpg' has no partner of its own: '2\.jpg' and '2\.png' are",
+    ):
+        find_pairs(tmp_path)
+
+
+def test_two_files_of_one_name_are_no_partners_of_a_third(tmp_path: Path) -> None:
+    write(tmp_path, "input/1.jpg", "gt/1.bmp", "gt/1.png")
+    write(tmp_path, "input/2_1.png", "gt/2.bmp", "gt/2.png")
+    write(tmp_path, "input/3.png", "gt/3.png", "medium/3.bmp", "medium/3.jpg")
+    write(tmp_path, "input/4_1.png", "gt/4.png", "medium/4.png")
+    listed = find_pairs(tmp_path, broken="skip")
+    used = [(pair.degraded.name, pair.mediums) for pair in listed.pairs]
+    assert used == [("3.png", (None,)), ("4_1.png", (None,))]
+    *several, alone = listed.skipped
+    assert len(several) == 8
+    assert all("several files of one name" in problem for problem in several)
+    assert "medium/4.png' has no partner in" in alone
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "disk", "input/scene/1.png", "clean/1.png")
+    root = tmp_path / "root"
+    (root / "derain").mkdir(parents=True)
+    (root / "derain" / "input").symlink_to(tmp_path / "disk" / "input")
+    (root / "derain" / "gt").mkdir()
+    (root / "derain" / "gt" / "scene").symlink_to(tmp_path / "disk" / "clean")
+    (root / "dehaze").mkdir()
+    (root / "dehaze" / "input").symlink_to(tmp_path / "disk" / "clean")
+    (root / "dehaze" / "gt").symlink_to(tmp_path / "disk" / "clean")
+    for circle in (root, root / "derain", tmp_path / "disk" / "clean"):
+        (circle / "circle").symlink_to(circle)
+    assert holds_pairs(root)
+    assert found(root) == [
+        ("dehaze/input/1.png", "dehaze/gt/1.png", "dehaze"),
+        ("derain/input/scene/1.png", "derain/gt/scene/1.png", "derain"),
+    ]
+
+
 def broken_folder(root: Path) -> None:
     write(root, "input/good.png", "gt/good.png")
     write(root, "input/alone.png", "gt/left.png")
@@ -116,6 +171,31 @@ def test_turned_photographs_fit_upright_ones(tmp_path: Path) -> None:
     Image.new("RGB", (9, 6)).save(tmp_path / "input" / "a.jpg", exif=exif)
     (pair,) = find_pairs(tmp_path).pairs
     assert [image.shape for image in read_pair(pair)] == [(3, 9, 6)] * 2
+
+
+def test_of_a_png_only_the_head_is_read_also_where_it_is_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "input").mkdir()
+    for name in ("plain", "turned", "turned_late"):
+        size = (90, 60) if name == "plain" else (60, 90)
+        write(tmp_path, f"gt/{name}.png", size=size)
+        file = tmp_path / "input" / f"{name}.png"
+        noise = Image.effect_noise((90, 60), 50)
+        noise.save(file, exif=exif if name == "turned" else b"")
+        if name == "turned_late":
+            data = exif.tobytes().removeprefix(b"Exif\0\0")
+            late = struct.pack(">I", len(data)) + b"eXIf" + data
+            late += struct.pack(">I", zlib.crc32(b"eXIf" + data))
+            file.write_bytes(file.read_bytes()[:-12] + late + file.read_bytes()[-12:])
+        else:
+            file.write_bytes(file.read_bytes()[:-500])  # in the middle of the pixels
+    pairs = find_pairs(tmp_path).pairs
+    assert [pair.degraded.name for pair in pairs] == ["plain.png", "turned.png", "turned_late.png"]
+    for pair in pairs[:2]:
+        with pytest.raises(ImageError, match="cannot be read"):
+            read_pair(pair)
+    assert read_pair(pairs[2])[0].shape == (3, 90, 60)
 
 
 def test_reading_gray_and_alpha(tmp_path: Path) -> None:

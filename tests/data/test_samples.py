@@ -46,6 +46,21 @@ class TestFiles:
         found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
         assert found == ["a/b/d.tif", "a/c.jpeg", "b.PNG"]
 
+    def test_follows_links_to_folders_and_ends_where_they_go_in_circles(
+        self, tmp_path: Path
+    ) -> None:
+        for name in ("elsewhere/a.png", "root/b.png", "root/deep/c.png"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        root = tmp_path / "root"
+        (root / "linked").symlink_to(tmp_path / "elsewhere")
+        (root / "again").symlink_to(tmp_path / "elsewhere")
+        (root / "deep" / "circle").symlink_to(root)
+        (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "elsewhere")
+        (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+        found = [path.relative_to(root).as_posix() for path in find_images(root)]
+        assert found == ["again/a.png", "b.png", "deep/c.png"]
+
     def test_says_what_is_wrong_with_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").touch()
         with pytest.raises(ConfigError, match=r"holds no image: expected .*\.jpg, .*\.tiff"):

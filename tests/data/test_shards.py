@@ -74,6 +74,7 @@ def test_what_cannot_be_used_is_named_or_skipped(tmp_path: Path) -> None:
     write(tmp_path / "good.tar", sample("1"))
     write(tmp_path / "half.tar", sample("7", gt=b""))
     write(tmp_path / "twice.tar", sample("8", rain=png(3)))
+    write(tmp_path / "endings.tar", {**sample("9"), "gt.jpg": png(3), "depth.png": png(1)})
     write(tmp_path / "labels.tar", {"__key__": "1", "cls": b"3"})
     write(tmp_path / "packed.tar.gz", sample("1"))
     (tmp_path / "none.tar").write_bytes(b"no tar file" * 100)
@@ -83,6 +84,7 @@ def test_what_cannot_be_used_is_named_or_skipped(tmp_path: Path) -> None:
     problems = {
         "half": "the sample '7' of .*half.tar' has hazy, which is no pair",
         "twice": "the sample '8' of .*twice.tar' has gt, hazy, rain, which is no pair",
+        "endings": r"'9' of .*endings.tar' has '9\.gt\.jpg' and '9\.gt\.png', several files",
         "labels": "labels.tar' holds no image",
         "packed": "packed.tar.gz' is compressed",
         "none": "none.tar' cannot be read as a tar file",
@@ -91,7 +93,7 @@ def test_what_cannot_be_used_is_named_or_skipped(tmp_path: Path) -> None:
     found = find_pairs(tmp_path, broken="skip")
     assert len(found.pairs) == 1
     assert len(found.skipped) == len(problems)
-    with pytest.raises(ImageError, match="6 of the files"):
+    with pytest.raises(ImageError, match="7 of the files"):
         find_pairs(tmp_path)
     for name, problem in problems.items():
         alone = tmp_path / "alone" / name

@@ -82,7 +82,7 @@ def test_noise_is_of_its_sigma_in_8_bits_and_the_same_again(tmp_path: Path) -> N
 
 def test_every_task_at_both_severities(tmp_path: Path) -> None:
     paths = [save(tmp_path / "a.png")]
-    cases = list(degraded_cases(paths, ["rain", "jpeg+haze"]))
+    cases = list(degraded_cases(paths, ["rain", "jpeg+haze"], tmp_path))
     assert [(case.group, case.image) for case in cases] == [
         (task, f"a.png, severity {severity}")
         for task in ("rain", "jpeg+haze")
@@ -91,6 +91,33 @@ def test_every_task_at_both_severities(tmp_path: Path) -> None:
     errors = [(degraded - target).abs().mean() for degraded, target in (c.load() for c in cases)]
     assert errors[0] < errors[1]
     assert errors[2] < errors[3]
+
+
+def test_images_of_one_name_are_told_apart_and_counted(tmp_path: Path) -> None:
+    for scene in ("a", "b"):
+        save(tmp_path / "rain" / "input" / scene / "0.png", PHOTO // 2)
+        save(tmp_path / "rain" / "gt" / scene / "0.png")
+        pairs(tmp_path / "Rain100L" / "test" / scene, "0")
+        save(tmp_path / "CBSD68" / scene / "0.png")
+    pairs(tmp_path / "SOTS", "0")
+    for protocol, names in (
+        ("pairs", ("rain/input/a/0.png", "rain/input/b/0.png")),
+        ("synthetic", ("rain/gt/a/0.png, severity 0.3", "rain/gt/b/0.png, severity 0.3")),
+        ("three-tasks", ("CBSD68/a/0.png", "CBSD68/b/0.png")),
+        ("three-tasks", ("Rain100L/test/a/input/0.png", "Rain100L/test/b/input/0.png")),
+    ):
+        cases = PROTOCOLS[protocol].cases(tmp_path)
+        named = [(case.group, case.image) for case in cases]
+        assert len(set(named)) == len(named)
+        assert set(names) <= {image for _, image in named}
+    rain = [case for case in PROTOCOLS["pairs"].cases(tmp_path) if case.group == "rain"]
+    assert "| rain | 2 |" in table(compare({"same": lambda image: image}, rain))
+
+
+def test_a_table_counts_images_whatever_their_names() -> None:
+    rows = [Measured("rain", "0.png", name, 20, 0.9) for name in ("degraded", "wrapped") * 3]
+    assert table(rows).splitlines()[2].startswith("| rain | 3 |")
+    assert table(rows).splitlines()[3].startswith("| mean of the groups | 3 |")
 
 
 # Protocols
@@ -120,6 +147,17 @@ def test_named_sets_are_found_at_any_depth(tmp_path: Path) -> None:
         PROTOCOLS["five-tasks"].cases(tmp_path)
     everything = PROTOCOLS["pairs"].cases(tmp_path / "derain")
     assert sorted(case.group for case in everything) == ["Rain100H", "Rain100L", "Rain100L"]
+
+
+def test_named_sets_may_be_behind_links(tmp_path: Path) -> None:
+    save(tmp_path / "disk" / "CBSD68" / "gt" / "1.png")
+    pairs(tmp_path / "disk" / "Rain100L", "1")
+    pairs(tmp_path / "other", "1")
+    (tmp_path / "data").mkdir()
+    for name, place in [("disk", "disk"), ("SOTS", "other"), ("circle", "data")]:
+        (tmp_path / "data" / name).symlink_to(tmp_path / place)
+    groups = [case.group for case in PROTOCOLS["three-tasks"].cases(tmp_path / "data")]
+    assert groups[-2:] == ["SOTS", "Rain100L"]
 
 
 def test_of_a_set_the_part_to_test_on_counts(tmp_path: Path) -> None:

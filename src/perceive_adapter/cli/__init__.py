@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done. 1: done, except for files that could not be read. 2: cannot be done; why and the
         remedy are on stderr. 130: interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: no name ends a run
     try:
         arguments = _parser().parse_args(with_config(sys.argv[1:] if argv is None else argv))
         code: int = arguments.run(arguments)

@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_side
-from perceive_adapter.cli.finetune_plan import (
-    find_data,
-    make_data,
-    make_recipe,
-    options_of,
-)
+from perceive_adapter.cli.finetune_data import find_data
+from perceive_adapter.cli.finetune_plan import make_data, make_recipe, options_of
 from perceive_adapter.cli.options import between, integer, needs, rate
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from perceive_adapter.cli.finetune_plan import Found
+    from perceive_adapter.cli.finetune_data import Found
     from perceive_adapter.data.restoration import RestorationData
     from perceive_adapter.injection.model import PerceiveModel
     from perceive_adapter.losses import RestorationObjective

@@ -174,8 +174,9 @@ def _row(record: dict[str, Any]) -> str:
 
 
 def _shown(path: Path) -> str:
-    """The path as text that any terminal takes, also where it is no Unicode."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+    """The path as it will be printed, where its characters are not all in stdout's encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return str(path).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _complain(message: str) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 from torch import Tensor
 
+from perceive_adapter.data.folders import walk
+from perceive_adapter.data.heads import image_size
 from perceive_adapter.data.images import open_image, read_image
-from perceive_adapter.data.samples import IMAGE_SUFFIXES
-from perceive_adapter.data.shards import Member, shard_group, shard_members, shards_below
+from perceive_adapter.data.matching import (
+    DEGRADED_FOLDERS,
+    MEDIUM_WORD,
+    TARGET_FOLDERS,
+    File,
+    Pair,
+    is_medium,
+    match_folders,
+    match_shard,
+)
+from perceive_adapter.data.shards import Member, shard_group, shards_below
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [
@@ -30,60 +40,7 @@ __all__ = [
     "read_pair",
 ]
 
-DEGRADED_FOLDERS: Final = (
-    "input",
-    "degraded",
-    "lq",
-    "hazy",
-    "rain",
-    "rainy",
-    "blur",
-    "blurry",
-    "noisy",
-    "low",
-)
-"""Names of folders of degraded images, and words that their files may begin with."""
-
-TARGET_FOLDERS: Final = (
-    "gt",
-    "target",
-    "hq",
-    "clear",
-    "clean",
-    "norain",
-    "sharp",
-    "high",
-    "normal",
-)
-"""Names of folders of clean images, and words that their files may begin with."""
-
-MEDIUM_WORD: Final = "medium"
-"""What names of folders of half-restored images begin with, ``medium-nafnet``, say."""
-
-File: TypeAlias = Path | Member
-"""An image on disk, or one inside a shard."""
-
-_ORIENTATION: Final = 0x0112  # EXIF's tag; from 5 on, the image is turned by a quarter
-_MODES: Final = ("L", "LA", "P", "RGB", "RGBA")
 _NAMED: Final = 5  # problems that an error names
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two files of one scene, and what others made of it.
-
-    Args:
-        degraded: what a network is given.
-        target: what it should give.
-        group: folder of the set that the pair belongs to, relative to the one searched; such as
-            ``derain``.
-        mediums: half-restored images of it, None where one is missing.
-    """
-
-    degraded: File
-    target: File
-    group: str
-    mediums: tuple[File | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,8 +67,9 @@ def find_pairs(
 
     A set of pairs is a folder that holds one of degraded images (one of ``DEGRADED_FOLDERS``) and
     one of clean images (one of ``TARGET_FOLDERS``), in any case of letters. Files belong together
-    that have the same name but for its ending, in the same subfolder. Where there is no such
-    target, these rules of well-known data sets apply:
+    that have the same name but for its ending, in the same subfolder; of several such files, those
+    that have the same ending too, and the others are left over. Where there is no such target,
+    these rules of well-known data sets apply:
 
     - RESIDE: ``0001_0.8_0.2`` belongs to ``0001``, which may have several degraded images.
     - Rain100L, LOL-v2: ``rain-001`` belongs to ``norain-001``, ``low00690`` to ``normal00690``.
@@ -129,9 +87,9 @@ def find_pairs(
     Args:
         folder: root of one or several sets, such as all-in-one training's ``denoise/input``,
             ``denoise/gt``, ``derain/input`` and so on.
-        broken: what to do with a file without a partner, a file that is no image, an image of a
-            kind that cannot be used, and a pair of two sizes: raise an error that names them, or
-            leave them out and say so in ``skipped``.
+        broken: what to do with a file without a partner or one of its own, a file that is no image,
+            an image of a kind that cannot be used, and a pair of two sizes: raise an error that
+            names them, or leave them out and say so in ``skipped``.
 
     Raises:
         ConfigError: there is no such folder or no set in it, a set has several folders for one
@@ -146,7 +104,7 @@ def find_pairs(
         raise ConfigError(f"{str(root)!r} holds no set of pairs: {_expected()}")
     for degraded, target, mediums in sets:
         group = degraded.parent.relative_to(root).as_posix()
-        found, unpaired = _match(degraded, target, mediums)
+        found, unpaired = match_folders(degraded, target, mediums)
         problems += unpaired
         for pair in found:
             problem = _problem(pair)
@@ -155,7 +113,7 @@ def find_pairs(
             else:
                 pairs.append(replace(pair, group="" if group == "." else group))
     for shard in shards:
-        found, unpaired = _in_shard(shard, shard_group(shard, root))
+        found, unpaired = match_shard(shard, shard_group(shard, root))
         pairs += found
         problems += unpaired
     if problems and broken == "raise":
@@ -182,7 +140,7 @@ def holds_pairs(folder: str | os.PathLike[str]) -> bool:
     known = (DEGRADED_FOLDERS, TARGET_FOLDERS)
     return bool(shards_below(root)) or any(
         all(any(name.casefold() in side for name in names) for side in known)
-        for _, names, _ in os.walk(root, followlinks=True)
+        for _, names, _ in walk(root)
     )
 
 
@@ -225,8 +183,7 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
     """Yield the folders of degraded, of clean and of half-restored images of every set."""
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
-    for parent, names, _ in os.walk(root, followlinks=True):
-        names.sort()
+    for parent, names, _ in walk(root):
         sides = [
             [name for name in names if name.casefold() in known]
             for known in (DEGRADED_FOLDERS, TARGET_FOLDERS)
@@ -235,11 +192,12 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
             continue
         if max(len(side) for side in sides) > 1:
             raise ConfigError(
-                f"{parent!r} has several folders for one side of its pairs, {sides[0]} of degraded "
-                f"and {sides[1]} of clean images: expected one of each. Move one elsewhere."
+                f"{str(parent)!r} has several folders for one side of its pairs, {sides[0]} of "
+                f"degraded and {sides[1]} of clean images: expected one of each. Move one "
+                "elsewhere."
             )
-        mediums = [Path(parent, name) for name in names if _is_medium(name)]
-        yield Path(parent, sides[0][0]), Path(parent, sides[1][0]), mediums
+        mediums = [parent / name for name in names if is_medium(name)]
+        yield parent / sides[0][0], parent / sides[1][0], mediums
 
 
 def _expected() -> str:
@@ -249,86 +207,6 @@ def _expected() -> str:
     )
 
 
-def _is_medium(name: str) -> bool:
-    return name.casefold().startswith(MEDIUM_WORD)
-
-
-def _match(degraded: Path, target: Path, mediums: Sequence[Path]) -> tuple[list[Pair], list[str]]:
-    """Return the files that belong together, and what is wrong with the others."""
-    inputs, targets = _files(degraded), _files(target)
-    halves = [_files(folder) for folder in mediums]
-    exact = inputs.keys() & targets.keys()
-    others = {key: file for key, file in targets.items() if key not in exact}
-    found, problems = [], []
-    used: set[tuple[str, str]] = set()
-    for key, file in inputs.items():
-        partner = key if key in exact else _partner(key, others)
-        if partner is None:
-            problems.append(f"{str(file)!r} has no partner in {str(target)!r}")
-        else:
-            found.append(Pair(file, targets[partner], "", tuple(half.get(key) for half in halves)))
-            used.add(partner)
-    for key, file in targets.items():
-        if key not in used:
-            problems.append(f"{str(file)!r} has no partner in {str(degraded)!r}")
-    for half in halves:
-        for key, file in half.items():
-            if key not in inputs:
-                problems.append(f"{str(file)!r} has no partner in {str(degraded)!r}")
-    return found, problems
-
-
-def _in_shard(shard: Path, group: str) -> tuple[list[Pair], list[str]]:
-    """Return the pairs inside a shard, and what is wrong with other samples."""
-    samples: dict[str, dict[str, Member]] = {}
-    try:
-        for member in shard_members(shard):
-            if member.name.lower().endswith(IMAGE_SUFFIXES):
-                part = member.field.rpartition(".")[0].casefold()
-                samples.setdefault(member.sample, {})[part] = member
-    except ImageError as error:
-        return [], [str(error)]
-    parts = {part for sample in samples.values() for part in sample}
-    mediums = sorted(filter(_is_medium, parts))
-    found, problems = [], []
-    for name, sample in samples.items():
-        sides = [_one_of(sample, known) for known in (DEGRADED_FOLDERS, TARGET_FOLDERS)]
-        if sides[0] is None or sides[1] is None:
-            has = ", ".join(sorted(sample))
-            problems.append(f"the sample {name!r} of {str(shard)!r} has {has}, which is no pair")
-        else:
-            halves = tuple(sample.get(part) for part in mediums)
-            found.append(Pair(sides[0], sides[1], group, halves))
-    if not samples:
-        problems.append(f"{str(shard)!r} holds no image")
-    return found, problems
-
-
-def _one_of(sample: Mapping[str, Member], names: Iterable[str]) -> Member | None:
-    """Return the one member of these names; None where there is none, or several."""
-    found = [sample[name] for name in names if name in sample]
-    return found[0] if len(found) == 1 else None
-
-
-def _files(folder: Path) -> dict[tuple[str, str], Path]:
-    """Return the images below a folder by their subfolder and name without ending."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return {(path.parent.relative_to(folder).as_posix(), path.stem): path for path in paths}
-
-
-def _partner(
-    key: tuple[str, str], targets: Mapping[tuple[str, str], Path]
-) -> tuple[str, str] | None:
-    """Return the target of a degraded image that has no target of its own name."""
-    subfolder, stem = key
-    parts = stem.split("_")
-    names = ["_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
-    word = re.match("[a-z]+", stem.casefold())
-    if word and word[0] in DEGRADED_FOLDERS:
-        names += [other + stem[len(word[0]) :] for other in TARGET_FOLDERS]
-    return next(((subfolder, name) for name in names if (subfolder, name) in targets), None)
-
-
 def _problem(pair: Pair) -> str | None:
     """Return what is wrong with the files of a pair, as far as their heads show."""
     files = [pair.target, pair.degraded, *(file for file in pair.mediums if file is not None)]
@@ -336,28 +214,13 @@ def _problem(pair: Pair) -> str | None:
     for file in files:
         assert isinstance(file, Path)
         try:
-            sizes.append(_size(file))
+            sizes.append(image_size(file))
         except ImageError as error:
             return str(error)
     for file, size in zip(files, sizes, strict=True):
         if size != sizes[0]:
             return _sizes(file, pair.target, size, sizes[0])
     return None
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Height and width of an image that can be used, without decoding it."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            mode, (width, height) = image.mode, image.size
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{str(path)!r} cannot be read as an image ({error})") from error
-    if mode not in _MODES:
-        raise ImageError(f"{str(path)!r} has mode {mode}, expected 8 bits of gray or RGB")
-    return (width, height) if turned else (height, width)
 
 
 def _check_size(file: File, image: Tensor, target_file: File, target: Tensor) -> None:

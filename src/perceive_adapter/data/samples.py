@@ -21,6 +21,7 @@ from perceive_adapter.data.degradations import (
     mix,
 )
 from perceive_adapter.data.degradations.sensor import recode
+from perceive_adapter.data.folders import walk
 from perceive_adapter.data.images import read_image
 from perceive_adapter.errors import ConfigError, ImageError
 
@@ -35,6 +36,7 @@ __all__ = [
     "degrade_each",
     "draw_severities",
     "find_images",
+    "images_below",
     "load_photos",
     "mirrored_to",
     "with_surroundings",
@@ -76,6 +78,16 @@ class Samples:
         return torch.stack([self.severity[:, kinds].amax(dim=1) for kinds in columns], dim=1)
 
 
+def images_below(folder: Path) -> list[Path]:
+    """Return the files below a folder that are named like images, in the order of their paths."""
+    return sorted(
+        parent / name
+        for parent, _, names in walk(folder)
+        for name in names
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES
+    )
+
+
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """Return every image file below a folder, in the order of their paths.
 
@@ -83,8 +95,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
         ConfigError: there is no such folder, or it holds no image.
     """
     root = Path(folder)
-    files = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    found = sorted(path for path in files if path.is_file())
+    found = [path for path in images_below(root) if path.is_file()]
     if not found:
         state = "holds no image" if root.is_dir() else "is no folder"
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from perceive_adapter.data.folders import walk
 from perceive_adapter.errors import ImageError
 
 __all__ = ["COMPRESSED", "SHARD_SUFFIX", "Member", "shard_group", "shard_members", "shards_below"]
@@ -73,13 +73,12 @@ class Member:
 
 def shards_below(folder: Path) -> list[Path]:
     """Return the shards below a folder, compressed ones too, in the order of their paths."""
-    found = (
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
+    return sorted(
+        parent / name
+        for parent, _, names in walk(folder)
         for name in names
         if name.endswith((SHARD_SUFFIX, *COMPRESSED))
     )
-    return sorted(found)
 
 
 def shard_group(shard: Path, root: Path) -> str:

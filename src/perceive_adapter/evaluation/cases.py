@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.data.degradations import mix
+from perceive_adapter.data.matching import File, name_below
 from perceive_adapter.data.pairs import Pair, read_pair
 from perceive_adapter.data.samples import as_file, load_photos
 
@@ -27,7 +28,7 @@ class Case:
 
     Args:
         group: whose mean it counts in.
-        image: its name within the group.
+        image: its name, which no other image of the group has.
         load: gives degraded image and target, (1, 3, H, W) in [0, 1] each.
     """
 
@@ -36,25 +37,32 @@ class Case:
     load: Callable[[], tuple[Tensor, Tensor]]
 
 
-def pair_cases(pairs: Sequence[Pair]) -> Iterator[Case]:
-    """Yield the pairs of files; their groups are the groups."""
+def pair_cases(pairs: Sequence[Pair], root: Path | None = None) -> Iterator[Case]:
+    """Yield the pairs of files; their groups are the groups.
+
+    Args:
+        pairs: the pairs.
+        root: folder that images are named relative to; None for their whole paths.
+    """
 
     def load(pair: Pair) -> tuple[Tensor, Tensor]:
         degraded, target = read_pair(pair)
         return _unit(degraded), _unit(target)
 
     for pair in pairs:
-        image = f"{pair.group}/{pair.degraded.name}".removeprefix("/")
-        yield Case(pair.group or "pairs", image, partial(load, pair))
+        yield Case(pair.group or "pairs", _name(pair.degraded, root), partial(load, pair))
 
 
-def noise_cases(paths: Sequence[Path], sigma: float, group: str) -> Iterator[Case]:
+def noise_cases(
+    paths: Sequence[Path], sigma: float, group: str, root: Path | None = None
+) -> Iterator[Case]:
     """Yield clean images with Gaussian noise, as the field measures denoising.
 
     Args:
         paths: of the clean images; an image's position is the seed of its noise.
         sigma: standard deviation on the 8-bit scale; the noisy image is rounded to 8 bits.
         group: name of the group.
+        root: folder that images are named relative to; None for their whole paths.
     """
 
     def load(seed: int, path: Path) -> tuple[Tensor, Tensor]:
@@ -63,15 +71,18 @@ def noise_cases(paths: Sequence[Path], sigma: float, group: str) -> Iterator[Cas
         return as_file(target + sigma / 255 * noise), target
 
     for seed, path in enumerate(paths):
-        yield Case(group, path.name, partial(load, seed, path))
+        yield Case(group, _name(path, root), partial(load, seed, path))
 
 
-def degraded_cases(paths: Sequence[Path], tasks: Sequence[str]) -> Iterator[Case]:
+def degraded_cases(
+    paths: Sequence[Path], tasks: Sequence[str], root: Path | None = None
+) -> Iterator[Case]:
     """Yield clean images with every task's damage, at each of ``SEVERITIES``, rounded to 8 bits.
 
     Args:
         paths: of the clean images; an image's position is the seed of its damage.
         tasks: names of degradations, several of them joined by ``+``; they are the groups.
+        root: folder that images are named relative to; None for their whole paths.
     """
 
     def load(task: str, severity: float, seed: int, path: Path) -> tuple[Tensor, Tensor]:
@@ -82,8 +93,12 @@ def degraded_cases(paths: Sequence[Path], tasks: Sequence[str]) -> Iterator[Case
     for task in tasks:
         for seed, path in enumerate(paths):
             for severity in SEVERITIES:
-                name = f"{path.name}, severity {severity:g}"
+                name = f"{_name(path, root)}, severity {severity:g}"
                 yield Case(task, name, partial(load, task, severity, seed, path))
+
+
+def _name(file: File, root: Path | None) -> str:
+    return str(file) if root is None else name_below(file, root)
 
 
 def _unit(image: Tensor) -> Tensor:

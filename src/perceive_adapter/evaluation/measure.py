@@ -28,7 +28,7 @@ class Measured:
 
     Args:
         group: whose mean it counts in.
-        image: name of the image.
+        image: name of the image, which no other one of the group has.
         network: name of the network; ``degraded`` for the image as it was given.
         psnr: in dB, of RGB in 8 bits; 100 at most, for images that are alike.
         ssim: in [-1, 1], of the same, without the five pixels of the border.

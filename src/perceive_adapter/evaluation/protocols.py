@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from perceive_adapter.data.degradations import DEGRADATIONS
+from perceive_adapter.data.folders import walk
 from perceive_adapter.data.pairs import find_pairs
 from perceive_adapter.data.samples import find_images
 from perceive_adapter.errors import ConfigError
@@ -63,22 +64,25 @@ class Protocol:
         if self.noisy is not None:
             folder, part = _find(data, self.noisy, self.name)
             for sigma in _SIGMAS:
-                yield from noise_cases(find_images(part), sigma, f"{folder.name} sigma {sigma}")
+                group = f"{folder.name} sigma {sigma}"
+                yield from noise_cases(find_images(part), sigma, group, data)
         if self.pairs is None:
-            yield from pair_cases(find_pairs(data).pairs)
+            yield from pair_cases(find_pairs(data).pairs, data)
         for one in self.pairs or ():
             folder, part = _find(data, one, self.name)
-            for case in pair_cases(find_pairs(part).pairs):
+            for case in pair_cases(find_pairs(part).pairs, data):
                 yield Case(folder.name, case.image, case.load)
         if self.tasks:
-            yield from degraded_cases(find_images(data), self.tasks)
+            yield from degraded_cases(find_images(data), self.tasks, data)
 
 
 def _find(data: Path, wanted: _Set, protocol: str) -> tuple[Path, Path]:
     """Find the folder of a set, below ``data`` or ``data`` itself, and its part to test on."""
+    folders = [data] if data.is_dir() else []
+    folders += sorted(parent / name for parent, names, _ in walk(data) for name in names)
     for name in wanted.names:
-        places = sorted(path for path in (data, *data.rglob(name)) if path.name == name)
-        for folder in filter(Path.is_dir, places):
+        folder = next((folder for folder in folders if folder.name == name), None)
+        if folder is not None:
             parts = [folder / part for part in wanted.parts if (folder / part).is_dir()]
             return folder, parts[0] if parts else folder
     raise ConfigError(

@@ -6,6 +6,7 @@ import csv
 import datetime
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -40,16 +41,15 @@ def table(measured: Sequence[Measured]) -> str:
     networks = list(dict.fromkeys(row.network for row in measured))
     lines = ["| PSNR in dB / SSIM | images | " + " | ".join(networks) + " |"]
     lines.append("|---" * (2 + len(networks)) + "|")
+    counts = Counter(row.group for row in measured if row.network == networks[0])
     for group, found in means.items():
-        count = len({row.image for row in measured if row.group == group})
         cells = [f"{found[name][0]:.2f} / {found[name][1]:.3f}" for name in networks]
-        lines.append(f"| {_told(group)} | {count} | " + " | ".join(cells) + " |")
-    total = len({(row.group, row.image) for row in measured})
+        lines.append(f"| {_told(group)} | {counts[group]} | " + " | ".join(cells) + " |")
     cells = []
     for name in networks:
         psnr, ssim = (mean(found[name][column] for found in means.values()) for column in (0, 1))
         cells.append(f"{psnr:.2f} / {ssim:.3f}")
-    lines.append(f"| mean of the groups | {total} | " + " | ".join(cells) + " |")
+    lines.append(f"| mean of the groups | {counts.total()} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from perceive_adapter.data.contents import content_digest
 from perceive_adapter.errors import CheckpointError, ConfigError
 
 __all__ = ["Split", "audit_elsewhere", "claim_folder", "split_photos", "write_json"]
@@ -76,9 +77,7 @@ def audit_elsewhere(paths: Sequence[Path], audit: Sequence[Path]) -> Split:
 def _by_digest(paths: Sequence[Path], seed: int) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
-        digest = hashlib.sha256(f"{seed} ".encode())
-        digest.update(path.read_bytes())
-        found.setdefault(digest.hexdigest(), path)
+        found.setdefault(content_digest(path, seed), path)
     return found
 
 

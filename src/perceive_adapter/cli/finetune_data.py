@@ -1,0 +1,195 @@
+"""The data of ``finetune``: what all folders hold, to train on and set aside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from perceive_adapter.errors import ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perceive_adapter.data.pairs import Pair
+    from perceive_adapter.evaluation.cases import Case
+
+__all__ = ["Found", "find_data"]
+
+T = TypeVar("T")
+
+_LARGEST = 1200  # pixels of the longest side of a clean photograph in training
+_MEASURED = 40  # images of a task that are measured at the end
+
+
+class Found(NamedTuple):
+    """What all folders hold: to train on, and set aside.
+
+    Args:
+        pairs: pairs of files to train on; their groups are the tasks.
+        photos: clean photographs to degrade, (3, H, W) uint8.
+        held_pairs: pairs that training never sees, nor their targets under any name.
+        held_photos: files of photographs that training never sees under any name.
+        digest: of the contents of all files, and of their names below the folders.
+        skipped: what is wrong with each file that cannot be used.
+    """
+
+    pairs: tuple[Pair, ...]
+    photos: tuple[Tensor, ...]
+    held_pairs: tuple[Pair, ...]
+    held_photos: tuple[Path, ...]
+    digest: str
+    skipped: tuple[str, ...]
+
+    def held_cases(self, tasks: Sequence[str]) -> list[Case]:
+        """Return what to measure on at the end, a few dozen images of each task at most."""
+        from perceive_adapter.evaluation.cases import degraded_cases, pair_cases
+
+        groups: dict[str, list[Pair]] = {}
+        for pair in self.held_pairs:
+            groups.setdefault(pair.group, []).append(pair)
+        pairs = [pair for group in groups.values() for pair in _spread(group, _MEASURED)]
+        photos = _spread(self.held_photos, _MEASURED // 2)  # each of them twice, mild and severe
+        return [*pair_cases(pairs), *(degraded_cases(photos, tasks) if self.photos else ())]
+
+
+def find_data(folders: Sequence[Path], broken: str) -> Found:
+    """Search folders, each of which holds sets of pairs or else clean photographs.
+
+    Raises:
+        ConfigError: a folder holds neither, or does not exist.
+        ImageError: a file cannot be used, and is not to be skipped.
+    """
+    skip = broken == "skip"
+    skipped: list[str] = []
+    listing = _Listing()
+    for folder in folders:
+        listing.search(folder, skip, skipped)
+    held = listing.set_aside()
+    pairs, held_pairs = _divide(
+        [(target, pair) for (_, target), pair in listing.pairs.items()], held
+    )
+    paths, held_paths = _divide(listing.photos.items(), held)
+    return Found(
+        tuple(pairs),
+        tuple(_read(paths, skip, skipped)),
+        tuple(pair for pair in held_pairs if _readable(pair, skip, skipped)),
+        tuple(path for path in held_paths if _read([path], skip, skipped)),
+        listing.digest(),
+        tuple(skipped),
+    )
+
+
+class _Listing:
+    """The pairs and photographs of all folders, by the digests of their contents."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[tuple[str, str], Pair] = {}
+        self.photos: dict[str, Path] = {}
+        self._sets: dict[str, dict[str, set[str]]] = {}  # targets by task, and set within it
+        self._lines: list[tuple[str, ...]] = []
+
+    def search(self, folder: Path, skip: bool, skipped: list[str]) -> None:
+        """Add what a folder holds, but for copies of what is there already."""
+        from perceive_adapter.data.pairs import find_pairs, holds_pairs
+        from perceive_adapter.data.samples import find_images
+
+        items: Sequence[Pair | Path]
+        if holds_pairs(folder):
+            found = find_pairs(folder, broken="skip" if skip else "raise")
+            skipped += found.skipped
+            items = found.pairs
+        else:
+            items = find_images(folder)
+        for item in items:
+            try:
+                if isinstance(item, Path):
+                    self._add_photo(item, folder)
+                else:
+                    self._add_pair(item, folder)
+            except ImageError as error:
+                _leave_out(error, skip, skipped)
+
+    def _add_pair(self, pair: Pair, folder: Path) -> None:
+        from perceive_adapter.data.contents import content_digest
+        from perceive_adapter.data.matching import name_below
+
+        files = [pair.degraded, pair.target, *(file for file in pair.mediums if file is not None)]
+        digests = [content_digest(file) for file in files]
+        if (digests[0], digests[1]) in self.pairs:
+            return
+        task, _, scene = pair.group.partition("/")
+        task = task or folder.resolve().name
+        self.pairs[digests[0], digests[1]] = replace(pair, group=task)
+        self._sets.setdefault(task, {}).setdefault(scene, set()).add(digests[1])
+        self._lines.append((task, *(name_below(file, folder) for file in files), *digests))
+
+    def _add_photo(self, path: Path, folder: Path) -> None:
+        from perceive_adapter.data.contents import content_digest
+        from perceive_adapter.data.matching import name_below
+
+        digest = content_digest(path)
+        if digest not in self.photos:
+            self.photos[digest] = path
+            self._lines.append((name_below(path, folder), digest))
+
+    def set_aside(self) -> set[str]:
+        """Choose contents: whole sets of a task that has several, whose neighbours are alike."""
+        from perceive_adapter.training.aside import set_aside
+
+        tasks = [
+            list(sets.values()) if len(sets) > 1 else [{one} for one in next(iter(sets.values()))]
+            for sets in self._sets.values()
+        ]
+        return set_aside([*tasks, [{photo} for photo in self.photos]])
+
+    def digest(self) -> str:
+        """Hash the names below the folders and the contents."""
+        return hashlib.sha256(json.dumps(self._lines).encode()).hexdigest()
+
+
+def _divide(items: Iterable[tuple[str, T]], held: Collection[str]) -> tuple[list[T], list[T]]:
+    """Divide items by whether their content is held."""
+    kept: list[T] = []
+    apart: list[T] = []
+    for content, item in items:
+        (apart if content in held else kept).append(item)
+    return kept, apart
+
+
+def _spread(items: Sequence[T], most: int) -> Sequence[T]:
+    """Take so many at most, from all over: frames of a scene are alike."""
+    return items[:: -(-len(items) // most) or 1]
+
+
+def _read(paths: Sequence[Path], skip: bool, skipped: list[str]) -> list[Tensor]:
+    from perceive_adapter.data.samples import load_photos
+
+    photos = []
+    for path in paths:
+        try:
+            photos += load_photos([path], largest=_LARGEST)
+        except ImageError as error:
+            _leave_out(error, skip, skipped)
+    return photos
+
+
+def _readable(pair: Pair, skip: bool, skipped: list[str]) -> bool:
+    from perceive_adapter.data.pairs import read_pair
+
+    try:
+        read_pair(pair)
+    except ImageError as error:
+        _leave_out(error, skip, skipped)
+        return False
+    return True
+
+
+def _leave_out(error: ImageError, skip: bool, skipped: list[str]) -> None:
+    if not skip:
+        told = str(error).rstrip(".")
+        raise ImageError(f"{told}. Or leave such files out with --broken skip.") from error
+    skipped.append(str(error))

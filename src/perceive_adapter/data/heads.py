@@ -1,0 +1,73 @@
+"""What the head of an image file tells, without a look at its pixels."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from perceive_adapter.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+__all__ = ["image_size"]
+
+_ORIENTATION: Final = 0x0112  # EXIF's tag; from 5 on, the image is turned by a quarter
+_MODES: Final = ("L", "LA", "P", "RGB", "RGBA")
+_TELLING: Final = (b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that hold EXIF
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image that can be used, turned upright, without decoding it.
+
+    Raises:
+        ImageError: it is no image, or has another mode than 8 bits of gray or RGB.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            mode, (width, height) = image.mode, image.size
+            turned = _orientation(image) >= 5
+        if not turned and image.format == "PNG":
+            with Image.open(_without_pixels(path)) as described:
+                turned = _orientation(described) >= 5
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{str(path)!r} cannot be read as an image ({error})") from error
+    if mode not in _MODES:
+        raise ImageError(f"{str(path)!r} has mode {mode}, expected 8 bits of gray or RGB")
+    return (width, height) if turned else (height, width)
+
+
+def _orientation(image: PILImage.Image) -> int:
+    from PIL import Image
+
+    found: int = Image.Image.getexif(image).get(_ORIENTATION, 1)  # a PNG's own decodes all of it
+    return found
+
+
+def _without_pixels(path: Path) -> BytesIO:
+    """Copy a PNG's description: some writers put it behind the pixels, where PIL finds it late."""
+    head = BytesIO()
+    with path.open("rb") as stream:
+        head.write(stream.read(8))
+        while len(start := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", start)
+            if kind not in _TELLING:
+                stream.seek(length + 4, os.SEEK_CUR)
+                continue
+            data = stream.read(length)
+            if len(stream.read(4)) < 4:  # cut short
+                break
+            head.write(_chunk(kind, data))
+    head.write(_chunk(b"IDAT", b""))
+    head.seek(0)
+    return head
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
