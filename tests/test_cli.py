@@ -452,6 +452,10 @@ def test_an_audit_elsewhere_trains_on_everything_but_never_on_what_it_audits(
     split = audit_elsewhere(files[:4], files[4:])
     assert split.trained == tuple(files[:4])
     assert split.audit == tuple(files[4:])
+    swapped = audit_elsewhere([*files[:3], files[4]], [files[3], files[5]])
+    assert swapped.digest != split.digest  # the same photographs, another of them audited
+    assert audit_elsewhere(files[:4], files[:3:-1]).digest == split.digest
+    assert audit_elsewhere(files[3::-1], files[4:]).digest != split.digest  # other folds
     with pytest.raises(ConfigError, match="both to be trained on and audited on"):
         audit_elsewhere(files[:4], files[3:])
     with pytest.raises(ConfigError, match="two at least"):
