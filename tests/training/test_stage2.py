@@ -365,6 +365,34 @@ def test_mediums_come_from_proxies_and_from_the_model_s_earlier_state() -> None:
     torch.testing.assert_close(objective.mediums[1], now)
 
 
+def normalised() -> nn.Sequential:
+    """A plain network with batch statistics, one of them frozen by its user."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, nn.Conv2d(8, 3, 1))
+
+
+def test_the_earlier_state_has_its_own_batch_statistics_and_leaves_the_model_s() -> None:
+    trained, alone, samples = normalised(), normalised(), data().probe(2)
+    for net in (trained, alone):
+        net.train()[2].eval()
+    earlier = copy.deepcopy(trained).eval()
+    objective = Seeing(FULL)
+    step = RestorationStep(trained, objective, None, ["earlier"])
+    for _ in range(2):
+        step(samples)
+        alone(samples.degraded)
+        expected = earlier(samples.degraded).clamp(0, 1)
+        torch.testing.assert_close(objective.mediums[0], expected)
+    assert same(trained, alone)
+    assert trained.training
+    assert not trained[2].training
+    step.mediums.refresh(trained)
+    expected = copy.deepcopy(trained).eval()(samples.degraded).clamp(0, 1)
+    step(samples)
+    torch.testing.assert_close(objective.mediums[0], expected)
+
+
 def test_mediums_that_come_with_the_samples() -> None:
     objective, samples = Seeing(FULL), data().probe(2)
     read = torch.full((len(samples.task), 1, 3, 24, 24), 0.4)
