@@ -425,6 +425,19 @@ def test_goes_on_with_the_same_earlier_state(tmp_path: Path) -> None:
         train(model(), mediums=["earlier"])
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path: Path, compile: bool) -> None:
+    file = tmp_path / "state.pt"
+    train(model(), checkpoint=file, recipe=recipe(1))
+    trained = model().train()
+    trained.injector.eval()
+    modes = [module.training for module in trained.modules()]
+    with pytest.raises(CheckpointError, match="steps"):
+        train(trained, checkpoint=file, recipe=recipe(2), compile=compile)
+    assert trained._compiled_call_impl is None
+    assert [module.training for module in trained.modules()] == modes
+
+
 @pytest.mark.slow
 def test_a_compiled_step_trains_as_well() -> None:
     plain, compiled = train(model(), steps=4), train(model(), steps=4, compile=True)
