@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from restoring import FULL, L1, Net, Recording, Stopped, data, model, recipe
+from small import photos
 from torch import Tensor, nn
 
 from perceive_adapter import AdapterConfig, Perception, wrap
 from perceive_adapter.data import FAMILIES
+from perceive_adapter.data.restoration import CleanPhotos, RestorationData
+from perceive_adapter.data.samples import CropSampler
 from perceive_adapter.errors import BackboneError, CheckpointError, ConfigError, TrainingError
 from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.training.calling import restored_by
@@ -193,10 +196,23 @@ def test_recipes_that_cannot_work() -> None:
 def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "state.pt"
     train(model(), checkpoint=file, recipe=recipe(2))
+    tasks = ("rain", "low_light")
+    severe, others = (
+        RestorationData([source], context=32, patch=24)
+        for source in (
+            CleanPhotos(CropSampler(photos()), tasks, (0.5, 1.0)),
+            CleanPhotos(CropSampler(photos()[:3]), tasks),
+        )
+    )
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"recipe": recipe(3)}, r"whose recipe was .*'steps': 2.*expected .*'steps': 3"),
-        ({"recipe": recipe(2), "data": data(seed=1)}, r"whose data was .*'seed': 0.*'seed': 1"),
-        ({"recipe": recipe(2), "data": data("haze")}, r"whose data was .*rain.*expected .*haze"),
+        ({"recipe": recipe(3)}, r"recipe\.schedule\.steps=2: expected .*steps=3"),
+        ({"recipe": recipe(2), "data": data(seed=1)}, r"data\.seed=0: expected data\.seed=1"),
+        ({"recipe": recipe(2), "data": data("haze")}, r"data\.tasks=.*rain.*: expected .*haze"),
+        (
+            {"recipe": recipe(2), "data": severe},
+            r"severity=\[0\.0, 1\.0\]: expected .*severity=\[0\.5, 1\.0\]",
+        ),
+        ({"recipe": recipe(2), "data": others}, r"sources\.0\.photographs='\w+': expected"),
     ]
     for options, message in cases:
         with pytest.raises(CheckpointError, match=message):

@@ -59,8 +59,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=("restored", "blend", "milder", "mixed"),
         default="restored",
         help="what the medium tier is: outputs of two half-trained restorers, each on photographs "
-        "that it never saw, blended half with the clean image (default, after the paper), blends of "
-        "degraded and clean image, milder damage, or one of the three for each scene",
+        "that it never saw, blended half with the clean image (default, after the paper), blends "
+        "of degraded and clean image, milder damage, or one of the three for each scene",
     )
     add("--note", metavar="TEXT", help="what the photographs are, for the model card")
     add("--words", nargs=3, metavar=("LOW", "MEDIUM", "HIGH"), help="words the prompts start from")

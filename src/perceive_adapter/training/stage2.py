@@ -121,7 +121,8 @@ def train_restoration(
             there are mediums and no difficulty-adaptive loss.
         BackboneError: the wrapped network takes no RGB image, is an upscaler, or cannot run on
             patches of this size.
-        CheckpointError: the checkpoint is damaged or of another run.
+        CheckpointError: the checkpoint is damaged, or of another run: another recipe, model or
+            data, of which all but the content of pairs is compared.
         TrainingError: loss or gradient are no longer finite; the last checkpoint is from before.
     """
     from accelerate import Accelerator
