@@ -29,9 +29,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from perceive_adapter import ConfigError, ImageError, QualityPerceiver
-from perceive_adapter.cli import COMMANDS, main
+from perceive_adapter.cli import COMMANDS, _parsers, main
 from perceive_adapter.cli.finetune_data import Found, find_data
-from perceive_adapter.cli.options import device, integer, rate
+from perceive_adapter.cli.options import device, integer, rate, with_config
 from perceive_adapter.data import FAMILIES, KINDS
 from perceive_adapter.data.contents import content_digest
 from perceive_adapter.data.pairs import Pair, read_pair
@@ -48,9 +48,10 @@ TINY_VIT: dict[str, Any] = {
     "text_cfg": {"width": 16, "heads": 2, "layers": 1},
 }
 SCENES = ("astronaut", "camera", "chelsea", "coffee", "rocket", "brick")
-QUICK = ["--scenes", "2", "--sides", "32", "40", "--restorer-steps", "2", "--device", "cpu"]
+QUICK = ["--scenes", "2", "--sides", "32", "40", "--device", "cpu"]
+RESTORERS = ["--restorer-steps", "2"]
 LENGTHS = ["--pretrain-steps", "3", "--steps", "60", "--checkpoint-every", "1"]
-KILLED = ["--clip", "perceive-tiny", *LENGTHS]
+KILLED = ["--clip", "perceive-tiny", *LENGTHS, *RESTORERS]
 WEIGHTS = "perceiver_model.safetensors"
 
 
@@ -231,6 +232,14 @@ def test_an_unknown_perceiver(photos: Path, tmp_path: Path, capsys: Any) -> None
     assert "Traceback" not in captured.err
 
 
+def test_a_revision_is_of_the_hub_alone(photos: Path, saved: Path, capsys: Any) -> None:
+    for name in ("perceive-tiny", saved):
+        assert perceive(photos, "--perceiver", name, "--revision", "v9") == 2
+        captured = capsys.readouterr()
+        assert "--revision v9 is of a Hub repository" in captured.err
+        assert captured.out == ""
+
+
 def test_help_is_complete_and_fast() -> None:
     """It names every command, and loads neither torch nor anything else that is slow."""
     code = (
@@ -369,6 +378,7 @@ def test_training_on_a_clip(
 ) -> None:
     """Prompts and heads train, and nothing else."""
     options = ["--medium", medium, heads, "--steps", "2", "--learning-rate", "0.01", *small_clip]
+    options += RESTORERS if medium == "restored" else []
     words = ["--words", "bad", "fair", "good"]
     assert train("--data", photos, "--out", tmp_path / "out", *options, *words) == 0
     trained = QualityPerceiver.from_pretrained(tmp_path / "out")
@@ -426,6 +436,7 @@ def test_a_damaged_checkpoint_is_refused(
     ("options", "complaint"),
     [
         ("--clip RN50 --pretrain-steps 3", "Leave it out"),
+        ("--medium blend --restorer-steps 9", "--restorer-steps is for --medium restored or mixed"),
         ("--clip perceive-tiny --learning-rate 1e-5", "expected it to fall"),
         ("--clip perceive-tiny --words bad mediocre flawless", "does not know, ['flawless']"),
         ("--clip perceive-tiny --context-length 23", "Use at most 22"),
@@ -485,6 +496,10 @@ def test_an_audit_elsewhere_trains_on_everything_but_never_on_what_it_audits(
     split = audit_elsewhere(files[:4], files[4:])
     assert split.trained == tuple(files[:4])
     assert split.audit == tuple(files[4:])
+    swapped = audit_elsewhere([*files[:3], files[4]], [files[3], files[5]])
+    assert swapped.digest != split.digest  # the same photographs, another of them audited
+    assert audit_elsewhere(files[:4], files[:3:-1]).digest == split.digest
+    assert audit_elsewhere(files[3::-1], files[4:]).digest != split.digest  # other folds
     with pytest.raises(ConfigError, match="both to be trained on and audited on"):
         audit_elsewhere(files[:4], files[3:])
     with pytest.raises(ConfigError, match="two at least"):
@@ -705,6 +720,16 @@ def test_finetune_says_what_cannot_be(
     usual = ["finetune", "--backbone", network, "--data", str(photos), "--out", str(out), *SHORT]
     assert main([*usual, *told]) == 2
     assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_tasks_are_for_clean_photographs(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dark, out = dark_pairs(tmp_path / "enhance", photos), tmp_path / "out"
+    told = ["finetune", "--backbone", network, "--data", str(dark), "--out", str(out), *SHORT]
+    assert main([*told, "--tasks", "nonsense"]) == 2
+    assert "--tasks nonsense names degradations of clean photographs" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -961,6 +986,59 @@ def test_the_file_of_options_may_be_joined_by_a_sign(
     assert "ratios of snow" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*told, f"--conf={file}"])
+
+
+@pytest.fixture
+def options_in(tmp_path: Path) -> Any:
+    """Reads a command's options from files of these contents, after which the line goes on."""
+
+    def read(command: str, *contents: str, line: str = "") -> argparse.Namespace:
+        told = [command]
+        for index, content in enumerate(contents):
+            (tmp_path / f"{index}.yaml").write_text(content)
+            told += ["--config", str(tmp_path / f"{index}.yaml")]
+        parser, commands = _parsers()
+        return parser.parse_args(with_config([*told, *line.split()], commands))
+
+    return read
+
+
+TUNING = "backbone: b\ndata: d\nout: o\n"
+STAGE_1 = "data: d\nout: o\n"
+
+
+def test_a_word_that_yaml_takes_for_a_boolean_is_told_by_the_option_s_kind(options_in: Any) -> None:
+    assert options_in("finetune", TUNING + "precision: no").precision == "no"
+    assert options_in("finetune", TUNING + "compile: no\ncpu: yes").cpu
+    assert not options_in("finetune", TUNING + "compile: no").compile
+    for content, expected in [("heads: false", False), ("heads: true", True), ("", True)]:
+        assert options_in("train-perceiver", STAGE_1 + content).heads is expected
+    assert options_in("train-perceiver", STAGE_1 + "no-heads: true").heads is False
+    assert options_in("train-perceiver", STAGE_1 + "no_heads: false").heads is True
+    assert options_in("train-perceiver", STAGE_1 + "heads: false", line="--heads").heads is True
+    with pytest.raises(ConfigError, match=r"0\.yaml: steps is false.*Put such a word in quotes"):
+        options_in("finetune", TUNING + "steps: off")
+
+
+def test_of_several_files_of_options_the_later_win(options_in: Any) -> None:
+    first = TUNING + "steps: 3\nbatch: 2\ncompile: true\nlearning_rate: 1e-4\nrank: 4"
+    second = "steps: 5\ncompile: false\nlearning-rate: 1e-5\nrank: null\nseed: 1"
+    options = options_in("finetune", first, second, line="--seed 2")
+    assert (options.steps, options.batch, options.seed) == (5, 2, 2)
+    assert options.compile is False
+    assert options.learning_rate == 1e-5
+    assert options.rank is None
+    assert options_in("finetune", second, first).steps == 3
+
+
+def test_an_option_that_there_is_not_is_no_option_in_a_file(options_in: Any) -> None:
+    for content in ("chanels-last: false", "chanels_last: true"):
+        with pytest.raises(ConfigError, match=r"names chanels-last, .*expected channels-last\."):
+            options_in("finetune", TUNING + content)
+    with pytest.raises(ConfigError, match=r"names zzz, .*expected backbone, data, out"):
+        options_in("finetune", TUNING + "zzz: false")
+    with pytest.raises(ConfigError, match="names config"):
+        options_in("finetune", TUNING + "config: other.yaml")
 
 
 def test_what_is_not_installed_is_told_before_anything_is_done(

@@ -37,6 +37,18 @@ def data(*tasks: str, **options: object) -> RestorationData:
     return RestorationData([CleanPhotos(photos(), tasks)], **settings)  # type: ignore[arg-type]
 
 
+def test_settings_hold_what_each_source_adds(tmp_path: Path) -> None:
+    settings = data("rain").settings()
+    assert settings == data("rain").settings()
+    assert settings["sources"]["0"]["severity"] == [0.0, 1.0]
+    narrow = RestorationData([CleanPhotos(photos(), ["rain"], (0.2, 0.4))], context=48, patch=32)
+    assert {**narrow.settings(), "sources": None} == {**settings, "sources": None}
+    assert narrow.settings()["sources"]["0"]["severity"] == [0.2, 0.4]
+    file = write(tmp_path, "1.png", scene())
+    pairs = PairFiles([Pair(file, file, "haze"), Pair(file, file, "blur")] * 2)
+    assert pairs.settings() == {"pairs": {"haze": 2, "blur": 2}}
+
+
 def write(folder: Path, name: str, pixels: Tensor) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name

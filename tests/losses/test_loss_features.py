@@ -254,6 +254,11 @@ def test_module_with_another_number_of_levels_than_weights():
     features = ModuleFeatures(Outputs(lambda x: [x, x]), weights=(1.0, 1.0, 1.0))
     with pytest.raises(LossInputError, match="returned 2 feature levels for 3 weights"):
         features(torch.rand(1, 3, 4, 4))
+    module = Outputs(lambda x: [x, x])
+    module.weights = (1.0,)  # its own are no better than those that are given
+    with pytest.raises(LossInputError, match=r"2 feature levels for 1 weights: give weights="):
+        ModuleFeatures(module)(torch.rand(1, 3, 4, 4))
+    assert len(ModuleFeatures(module, (0.5, 0.5))(torch.rand(1, 3, 4, 4))) == 2
 
 
 def test_modules_own_weights_are_kept():

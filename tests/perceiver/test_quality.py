@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,6 +190,30 @@ def test_text_is_encoded_once_while_frozen(perceiver: QualityPerceiver) -> None:
     perceiver(image).score.sum().backward()  # text from inference mode would fail here
     assert image.grad is not None
     assert text.count == 1
+
+
+def test_loaded_in_inference_mode_it_works_there_and_elsewhere(
+    perceiver: QualityPerceiver, tmp_path: Path
+) -> None:
+    expected = perceiver(IMAGES).tiers
+    perceiver.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = QualityPerceiver.from_pretrained(tmp_path)
+        assert torch.equal(loaded(IMAGES).tiers, expected)
+    image = IMAGES.clone().requires_grad_()
+    loaded(image).score.sum().backward()
+    assert image.grad is not None
+    text = Counter(loaded)
+    assert torch.equal(loaded(IMAGES).tiers, expected)
+    assert text.count == 0
+    with torch.inference_mode():
+        moved = loaded.double()  # makes new tensors, which belong to that mode
+        assert moved.prompts.context.is_inference()
+        before = moved(IMAGES.double()).tiers
+        torch.testing.assert_close(before.float(), expected, rtol=1e-4, atol=1e-5)
+        set_context(moved, 1.0)
+        assert not torch.equal(moved(IMAGES.double()).tiers, before)
+    assert torch.equal(moved(IMAGES.double()).tiers, moved(IMAGES.double()).tiers)
 
 
 def test_cached_text_has_full_precision(perceiver: QualityPerceiver) -> None:

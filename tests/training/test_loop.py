@@ -96,12 +96,27 @@ def test_a_finished_run_is_not_trained_again(fresh: Net, tmp_path: Path) -> None
 def test_checkpoint_of_another_run_is_refused(fresh: Net, tmp_path: Path) -> None:
     file = tmp_path / "state.pt"
     run(fresh, file)
-    with pytest.raises(CheckpointError, match=r"state\.pt.*'steps': 12.*expected.*'steps': 13"):
+    with pytest.raises(
+        CheckpointError, match=r"state\.pt.* schedule\.steps=12: expected schedule\.steps=13\."
+    ):
         run(fresh, file, schedule=Schedule(13, 1e-2, warmup=3, weight_decay=0.1))
-    with pytest.raises(CheckpointError, match=r"run of \['net'\].*expected \['other'\]"):
+    with pytest.raises(CheckpointError, match=r"modules=\['net'\]: expected modules=\['other'\]"):
         train({"other": fresh}, fresh.loss, SCHEDULE, checkpoint=file)
     with pytest.raises(CheckpointError, match="of another model"):
         train({"net": nn.Linear(2, 2)}, fresh.loss, SCHEDULE, checkpoint=file)
+
+
+def test_settings_tell_runs_apart(fresh: Net, tmp_path: Path) -> None:
+    def again(**settings: object) -> None:
+        train({"net": fresh}, fresh.loss, SCHEDULE, settings=settings, checkpoint=file)
+
+    file = tmp_path / "state.pt"
+    again(seed=0, sides=(32, 48), data={"severity": [0.0, 1.0]})
+    again(seed=0, sides=(32, 48), data={"severity": [0.0, 1.0]})
+    with pytest.raises(CheckpointError, match=r"with seed=0, data\.severity=\[0\.0, 1\.0\]: exp"):
+        again(seed=1, sides=[32, 48], data={"severity": [0.0, 0.5]})
+    with pytest.raises(CheckpointError, match=r"with low=None: expected low=0\.5\. Run with the"):
+        again(seed=0, sides=(32, 48), data={"severity": [0.0, 1.0]}, low=0.5)
 
 
 def test_damaged_checkpoint_is_refused(fresh: Net, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pretraining of perceive-tiny's towers, for a few small steps."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from perceive_adapter.data.samples import (
     draw_severities,
     with_surroundings,
 )
+from perceive_adapter.errors import CheckpointError
 from perceive_adapter.training.captions import WORDS
 from perceive_adapter.training.loop import Schedule, seeded, train
 from perceive_adapter.training.pretrain import (
@@ -64,6 +66,15 @@ def test_the_seed_decides() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
     image = folds()[0].draw(2, 32, seeded(0, 0))
     assert not torch.equal(first.embed(image), other.embed(image))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    settings = {"schedule": Schedule(1, 1e-3), "checkpoint": tmp_path / "pretrain.pt"}
+    pretrain(photos(), **settings)
+    with pytest.raises(CheckpointError, match=r"seed=0: expected seed=1"):
+        pretrain(photos(), seed=1, **settings)
+    with pytest.raises(CheckpointError, match=r"photographs='\w+': expected photographs="):
+        pretrain(photos()[:2], **settings)
 
 
 def test_samples_are_as_files_hold_them_and_labelled() -> None:

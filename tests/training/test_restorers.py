@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from perceive_adapter.data import KINDS
 from perceive_adapter.data.samples import Samples, degrade_each, draw_severities
 from perceive_adapter.data.triplets import Restored, Scene
+from perceive_adapter.errors import CheckpointError
 from perceive_adapter.training.loop import Schedule, seeded
 from perceive_adapter.training.restorers import SmallRestorer, train_restorers
 
@@ -77,6 +78,15 @@ def test_the_seed_decides_and_the_global_generator_is_spared(tmp_path: Path) -> 
         assert torch.equal(first[fold](image), again[fold](image))
         assert torch.equal(first[fold](image), resumed[fold](image))
         assert not torch.equal(first[fold](image), other[fold](image))
+
+
+def test_checkpoints_of_another_seed_or_of_other_photographs_are_refused(tmp_path: Path) -> None:
+    settings = {"schedule": Schedule(1, 1e-3), "folder": tmp_path}
+    train_restorers(folds(), **settings)
+    with pytest.raises(CheckpointError, match=r"restorer-0\.pt.* seed=0: expected seed=7\."):
+        train_restorers(folds(), seed=7, **settings)
+    with pytest.raises(CheckpointError, match=r"photographs='\w+': expected photographs='\w+'"):
+        train_restorers(folds()[::-1], **settings)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 4), (33, 48)])

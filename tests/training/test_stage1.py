@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from perceive_adapter.data import FAMILIES, KIND_OF, KINDS
 from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
-from perceive_adapter.data.triplets import Blend, Milder
-from perceive_adapter.errors import ConfigError
+from perceive_adapter.data.triplets import Blend, Milder, Mixed, Restored
+from perceive_adapter.errors import CheckpointError, ConfigError
 from perceive_adapter.perceiver import QualityPerceiver
 from perceive_adapter.training.loop import Schedule, seeded
 from perceive_adapter.training.stage1 import (
@@ -112,6 +113,31 @@ def test_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     train_perceiver(again, folds(), recipe=recipe(2), checkpoint=tmp_path / "stage1.pt")
     assert torch.equal(learner.prompts.context, again.prompts.context)
     assert again.trained
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"scenes": 4}, "scenes=8: expected scenes=4"),
+        ({"sides": (32,)}, r"sides=\[32, 48\]: expected sides=\[32\]"),
+        ({"seed": 1}, "seed=0: expected seed=1"),
+        ({"low": 0.7}, "low=0.5: expected low=0.7"),
+        ({"graded": 0.1}, "graded=0.0: expected graded=0.1"),
+        ({"folds": folds()[::-1]}, "photographs="),
+        ({"mediums": [Blend(0.4)]}, r"\['Blend\(remains=0.5\)'\]: .*\['Blend\(remains=0.4\)'\]"),
+        ({"mediums": [Mixed([Milder(), Restored([torch.nn.Identity()] * 2)])]}, "Milder.*Restored"),
+        ({"learner": perceiver(seed=1)}, "towers=.*prompts=.*: expected towers="),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file, options = tmp_path / "stage1.pt", {"folds": folds(), "mediums": None, "learner": None}
+    train_perceiver(perceiver(), folds(), recipe=recipe(1), checkpoint=file)
+    options |= {name: changed.pop(name) for name in options.keys() & changed.keys()}
+    learner = options.pop("learner") or perceiver()
+    with pytest.raises(CheckpointError, match=message):
+        train_perceiver(learner, recipe=replace(recipe(1), **changed), checkpoint=file, **options)
 
 
 def test_scenes_have_equal_quotas_of_both_folds_and_of_every_family() -> None:

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from restoring import FULL, L1, Net, Recording, Stopped, data, model, recipe
+from small import photos
 from torch import Tensor, nn
 
 from perceive_adapter import AdapterConfig, Perception, wrap
 from perceive_adapter.data import FAMILIES
+from perceive_adapter.data.restoration import CleanPhotos, RestorationData
+from perceive_adapter.data.samples import CropSampler
 from perceive_adapter.errors import BackboneError, CheckpointError, ConfigError, TrainingError
 from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.training.calling import restored_by
@@ -193,10 +196,23 @@ def test_recipes_that_cannot_work() -> None:
 def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "state.pt"
     train(model(), checkpoint=file, recipe=recipe(2))
+    tasks = ("rain", "low_light")
+    severe, others = (
+        RestorationData([source], context=32, patch=24)
+        for source in (
+            CleanPhotos(CropSampler(photos()), tasks, (0.5, 1.0)),
+            CleanPhotos(CropSampler(photos()[:3]), tasks),
+        )
+    )
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"recipe": recipe(3)}, r"whose recipe was .*'steps': 2.*expected .*'steps': 3"),
-        ({"recipe": recipe(2), "data": data(seed=1)}, r"whose data was .*'seed': 0.*'seed': 1"),
-        ({"recipe": recipe(2), "data": data("haze")}, r"whose data was .*rain.*expected .*haze"),
+        ({"recipe": recipe(3)}, r"recipe\.schedule\.steps=2: expected .*steps=3"),
+        ({"recipe": recipe(2), "data": data(seed=1)}, r"data\.seed=0: expected data\.seed=1"),
+        ({"recipe": recipe(2), "data": data("haze")}, r"data\.tasks=.*rain.*: expected .*haze"),
+        (
+            {"recipe": recipe(2), "data": severe},
+            r"severity=\[0\.0, 1\.0\]: expected .*severity=\[0\.5, 1\.0\]",
+        ),
+        ({"recipe": recipe(2), "data": others}, r"sources\.0\.photographs='\w+': expected"),
     ]
     for options, message in cases:
         with pytest.raises(CheckpointError, match=message):
@@ -365,6 +381,34 @@ def test_mediums_come_from_proxies_and_from_the_model_s_earlier_state() -> None:
     torch.testing.assert_close(objective.mediums[1], now)
 
 
+def normalised() -> nn.Sequential:
+    """A plain network with batch statistics, one of them frozen by its user."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, nn.Conv2d(8, 3, 1))
+
+
+def test_the_earlier_state_has_its_own_batch_statistics_and_leaves_the_model_s() -> None:
+    trained, alone, samples = normalised(), normalised(), data().probe(2)
+    for net in (trained, alone):
+        net.train()[2].eval()
+    earlier = copy.deepcopy(trained).eval()
+    objective = Seeing(FULL)
+    step = RestorationStep(trained, objective, None, ["earlier"])
+    for _ in range(2):
+        step(samples)
+        alone(samples.degraded)
+        expected = earlier(samples.degraded).clamp(0, 1)
+        torch.testing.assert_close(objective.mediums[0], expected)
+    assert same(trained, alone)
+    assert trained.training
+    assert not trained[2].training
+    step.mediums.refresh(trained)
+    expected = copy.deepcopy(trained).eval()(samples.degraded).clamp(0, 1)
+    step(samples)
+    torch.testing.assert_close(objective.mediums[0], expected)
+
+
 def test_mediums_that_come_with_the_samples() -> None:
     objective, samples = Seeing(FULL), data().probe(2)
     read = torch.full((len(samples.task), 1, 3, 24, 24), 0.4)
@@ -395,6 +439,19 @@ def test_goes_on_with_the_same_earlier_state(tmp_path: Path) -> None:
     assert not same(resumed, train(model(), objective=Recording(FULL), **settings))
     with pytest.raises(ConfigError, match="mediums are for the difficulty-adaptive loss"):
         train(model(), mediums=["earlier"])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path: Path, compile: bool) -> None:
+    file = tmp_path / "state.pt"
+    train(model(), checkpoint=file, recipe=recipe(1))
+    trained = model().train()
+    trained.injector.eval()
+    modes = [module.training for module in trained.modules()]
+    with pytest.raises(CheckpointError, match="steps"):
+        train(trained, checkpoint=file, recipe=recipe(2), compile=compile)
+    assert trained._compiled_call_impl is None
+    assert [module.training for module in trained.modules()] == modes
 
 
 @pytest.mark.slow

@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: no name ends a run
     try:
-        arguments = _parser().parse_args(with_config(sys.argv[1:] if argv is None else argv))
+        parser, commands = _parsers()
+        given = sys.argv[1:] if argv is None else argv
+        arguments = parser.parse_args(with_config(given, commands))
         code: int = arguments.run(arguments)
     except (PerceiveError, OSError) as error:
         print(f"perceive-adapter: {error}", file=sys.stderr)
@@ -57,17 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Make the parser of the line, and those of the commands, by name."""
     parser = argparse.ArgumentParser(
         "perceive-adapter", description="Perceive what is wrong with images, and teach networks to."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    by_name = {}
     for command in COMMANDS:
         about = command.SUMMARY
-        added = commands.add_parser(
+        by_name[command.NAME] = added = commands.add_parser(
             command.NAME, help=about, description=f"{about}.", allow_abbrev=False
         )
         command.add_arguments(added)
         added.set_defaults(run=command.run)
-    return parser
+    return parser, by_name

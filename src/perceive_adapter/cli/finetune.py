@@ -28,6 +28,7 @@ NAME = "finetune"
 SUMMARY = "Train an adapter for a frozen backbone, on pairs or on clean photographs"
 
 _LONGEST = 10**9  # steps
+_TASKS = ["gaussian_noise", "rain", "haze", "low_light"]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         metavar="NAME",
-        default=["gaussian_noise", "rain", "haze", "low_light"],
+        default=_TASKS,
         help="degradations of clean photographs, with + for mixtures (gaussian_noise rain haze "
         "low_light)",
     )
@@ -143,6 +144,7 @@ def run(arguments: Namespace) -> int:
 
     recipe = make_recipe(arguments)
     found = find_data(arguments.data, arguments.broken)
+    _check_tasks(arguments.tasks, found)
     data = make_data(found, arguments)
     mediums = _mediums(arguments)
     accelerator = Accelerator(
@@ -174,6 +176,14 @@ def run(arguments: Namespace) -> int:
     _save(arguments, model, found, accelerator)
     accelerator.end_training()
     return 0
+
+
+def _check_tasks(tasks: list[str], found: Found) -> None:
+    if tasks != _TASKS and not found.photos:
+        raise ConfigError(
+            f"--tasks {' '.join(tasks)} names degradations of clean photographs, and --data holds "
+            "pairs alone, whose tasks are their folders' names. Leave it out, or add photographs."
+        )
 
 
 def _mediums(arguments: Namespace) -> list[MediumSource]:

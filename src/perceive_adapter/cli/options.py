@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
+from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,28 +81,74 @@ def needs(*modules: str, extra: str) -> None:
         )
 
 
-def with_config(argv: Sequence[str]) -> list[str]:
-    """Put the options of a YAML file, ``--config FILE``, before those of the command line.
+def with_config(argv: Sequence[str], commands: Mapping[str, ArgumentParser]) -> list[str]:
+    """Put the options of YAML files, ``--config FILE``, before those of the command line.
 
-    The file is a mapping of option names to values: ``learning-rate: 1e-3``, ``tasks: [rain,
-    haze]``, ``ratios: {rain: 2}``, ``compile: true``. What the line says too wins.
+    A file is a mapping of option names to values: ``learning-rate: 1e-3``, ``tasks: [rain,
+    haze]``, ``ratios: {rain: 2}``, ``compile: true``. Of several files the later win, and what
+    the line says too wins over all.
+
+    Args:
+        argv: the command's name and its arguments.
+        commands: parsers of the commands, by name.
 
     Raises:
-        ConfigError: the file is missing or no such mapping.
+        ConfigError: a file is missing or no such mapping, or the command has no such option.
         MissingDependencyError: PyYAML is not installed.
     """
-    given = [part for told in argv for part in _separated(told)]
-    if "--config" not in given[1:-1]:
-        return given
-    place = given.index("--config")
-    options: list[str] = []
-    for name, value in _read_yaml(Path(given[place + 1])).items():
-        flag = f"--{str(name).replace('_', '-')}"
-        if isinstance(value, bool):
-            options += [flag] if value else []
-        elif value is not None:
-            options += [flag, *_told(value)]
-    return [given[0], *options, *given[1:place], *given[place + 2 :]]
+    files, line = _taken_out([part for told in argv for part in _separated(told)])
+    if not files or line[0] not in commands:
+        return list(argv)
+    # A parser tells its options' kinds by no public name.
+    actions = commands[line[0]]._option_string_actions
+    options: dict[str, list[str]] = {}  # by what they set, so that a later file wins
+    for file in files:
+        for name, value in _read_yaml(file).items():
+            flag = f"--{str(name).replace('_', '-')}"
+            action = _action(flag, actions, file)
+            options[action.dest] = _as_arguments(flag, value, action, file)
+    return [line[0], *(part for parts in options.values() for part in parts), *line[1:]]
+
+
+def _taken_out(given: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Separate the files of options from the rest of the line."""
+    files: list[Path] = []
+    line = list(given)
+    while "--config" in line[1:-1]:
+        place = line.index("--config", 1)
+        files.append(Path(line[place + 1]))
+        del line[place : place + 2]
+    return files, line
+
+
+def _action(flag: str, actions: Mapping[str, Action], file: Path) -> Action:
+    known = [name for name in actions if name[:2] == "--" and name not in ("--config", "--help")]
+    if flag in known:
+        return actions[flag]
+    near = get_close_matches(flag, known, 1) or known
+    raise ConfigError(
+        f"--config {file} names {flag[2:]}, which is no option of this command: expected "
+        f"{', '.join(name[2:] for name in near)}. Correct the name, or leave it out."
+    )
+
+
+def _as_arguments(flag: str, value: object, action: Action, file: Path) -> list[str]:
+    """Write a value as on the command line; nothing leaves the option at its default."""
+    if value is None:
+        return []
+    if not isinstance(value, bool):
+        return [flag, *_told(value)]
+    if isinstance(action, BooleanOptionalAction):
+        yes, no = action.option_strings
+        return [yes if value == (flag == yes) else no]
+    if action.nargs == 0:
+        return [flag] if value else []
+    if action.choices is not None:  # YAML reads the words yes and no as booleans
+        return [flag, "yes" if value else "no"]
+    raise ConfigError(
+        f"--config {file}: {flag[2:]} is {str(value).lower()}, which YAML also makes of yes, no, "
+        "on and off: expected a value. Put such a word in quotes, or leave the option out."
+    )
 
 
 def _separated(told: str) -> list[str]:

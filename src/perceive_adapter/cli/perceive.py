@@ -65,6 +65,7 @@ def run(arguments: Namespace) -> int:
     """Perceive the images and print what was found."""
     from perceive_adapter.perceiver import QualityPerceiver
 
+    _check_revision(arguments)
     perceiver = QualityPerceiver.from_pretrained(
         arguments.perceiver, revision=arguments.revision
     ).to(arguments.device)
@@ -88,6 +89,16 @@ def run(arguments: Namespace) -> int:
     if arguments.json:
         print(json.dumps(records, indent=2, allow_nan=False))
     return int(failed)
+
+
+def _check_revision(arguments: Namespace) -> None:
+    from perceive_adapter.perceiver.bundled import locate
+
+    if arguments.revision is not None and Path(locate(arguments.perceiver)).is_dir():
+        raise ConfigError(
+            f"--revision {arguments.revision} is of a Hub repository, and {arguments.perceiver!r} "
+            "is here already. Leave it out, or name a repository with --perceiver user/repo."
+        )
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], bool]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["TINY_NAME", "Plan", "facts_of", "make_plan", "options_of"]
 
 TINY_NAME = "perceive-tiny"
+_RESTORED = ("restored", "mixed")  # media that restorers make
 
 
 class Plan(NamedTuple):
@@ -68,6 +69,11 @@ def make_plan(arguments: Namespace) -> Plan:
             f"--pretrain-steps is for --clip {TINY_NAME}: {arguments.clip} comes with weights. "
             "Leave it out."
         )
+    if arguments.restorer_steps and arguments.medium not in _RESTORED:
+        raise ConfigError(
+            f"--restorer-steps is for --medium {' or '.join(_RESTORED)}: --medium "
+            f"{arguments.medium} needs no restorers. Leave it out."
+        )
     recipe = TINY if tiny else PAPER
     names = {name: getattr(arguments, name) for name in ("learning_rate", "final_learning_rate")}
     schedule = replace(
@@ -108,7 +114,7 @@ def options_of(arguments: Namespace, plan: Plan, photos: str) -> dict[str, Any]:
         "context_length": arguments.context_length,
         "heads": arguments.heads,
         "stage1": asdict(plan.stage1),
-        "restorers": asdict(plan.restorers) if arguments.medium in ("restored", "mixed") else None,
+        "restorers": asdict(plan.restorers) if arguments.medium in _RESTORED else None,
         "pretrain": asdict(plan.pretrain) if plan.pretrain is not None else None,
         "photographs": photos,
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
+from perceive_adapter.data.digest import photos_digest
 from perceive_adapter.data.pairs import Pair, read_mediums, read_pair
 from perceive_adapter.data.samples import CropSampler, as_file, mirrored_to
 from perceive_adapter.errors import ConfigError, ImageError
@@ -59,6 +60,10 @@ class Source(Protocol):
         """Draw a crop of ``side`` pixels; everything random comes from the generator."""
         ...
 
+    def settings(self) -> Mapping[str, Any]:
+        """Return what else decides the crops, in plain values: a run with others is another run."""
+        ...
+
 
 class CleanPhotos:
     """Clean photographs that are degraded while they are drawn; none comes half restored.
@@ -104,6 +109,13 @@ class CleanPhotos:
             column = FAMILIES.index(FAMILY_OF[name])
             known[column] = max(float(known[column]), value)
         return Drawn(degraded[0], clean[0], known)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the severities, and a hash of the photographs."""
+        return {
+            "severity": [float(bound) for bound in self.severity],
+            "photographs": photos_digest(self.photos),
+        }
 
 
 class PairFiles:
@@ -163,6 +175,10 @@ class PairFiles:
         degraded, target, *mediums = (missing if image is None else next(crops) for image in images)
         unknown = torch.full((len(FAMILIES),), torch.nan)
         return Drawn(degraded, target, unknown, torch.stack(mediums) if mediums else None)
+
+    def settings(self) -> dict[str, Any]:
+        """Return how many pairs each task has; their files are not read for it."""
+        return {"pairs": {task: len(pairs) for task, pairs in self._pairs.items()}}
 
     def _read(self, pairs: Sequence[Pair], start: int) -> list[Tensor | None]:
         for offset in range(len(pairs)):
@@ -257,7 +273,7 @@ class RestorationData(Dataset[RestorationSample]):
                 if task in self._source_of:
                     raise ConfigError(f"two sources have a task {task!r}: rename or leave out one.")
                 self._source_of[task] = source
-        self.tasks = tuple(self._source_of)
+        self.sources, self.tasks = tuple(sources), tuple(self._source_of)
         self.mediums = max((source.mediums for source in sources), default=0)
         self.context, self.patch, self.seed = context, patch, seed
         self.ratios = dict(ratios or {})
@@ -289,9 +305,10 @@ class RestorationData(Dataset[RestorationSample]):
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the samples, besides the files."""
+        """Return what decides the samples, besides the content of pairs."""
         names = ("tasks", "context", "patch", "ratios", "seed", "mediums")
-        return {name: getattr(self, name) for name in names}
+        sources = {str(index): source.settings() for index, source in enumerate(self.sources)}
+        return {name: getattr(self, name) for name in names} | {"sources": sources}
 
     def probe(self, each: int) -> RestorationSample:
         """Return a fixed batch of ``each`` samples of every task that is drawn, task by task."""

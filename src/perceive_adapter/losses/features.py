@@ -86,8 +86,8 @@ class ModuleFeatures(nn.Module):
 
     Args:
         module: from (B, 3, H, W) to a tensor, a sequence or a mapping of tensors (B, ...).
-        weights: one per level; None takes `module.weights` if it has that many numbers, and
-            else equal weights that sum to 1.
+        weights: one per level; None takes `module.weights` where the module has them, and else
+            equal weights that sum to 1.
         mean: per channel, subtracted from the images before the module sees them.
         std: per channel, divides the images after that.
 
@@ -139,7 +139,7 @@ class ModuleFeatures(nn.Module):
         if self.weights is not None and len(levels) != len(self.weights):
             raise LossInputError(
                 f"{type(self.body.module).__name__} returned {len(levels)} feature levels for "
-                f"{len(self.weights)} weights"
+                f"{len(self.weights)} weights: give weights=, one for each level"
             )
         return levels
 

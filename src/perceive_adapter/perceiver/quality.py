@@ -87,6 +87,7 @@ class QualityPerceiver(nn.Module):
         self._scored = False
 
     @classmethod
+    @torch.inference_mode(False)  # tensors that are made there can do little elsewhere
     def create(
         cls,
         clip: str | Architecture = "ViT-B-32-quickgelu",
@@ -177,6 +178,7 @@ class QualityPerceiver(nn.Module):
         return perceiver
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -373,9 +375,10 @@ class QualityPerceiver(nn.Module):
         context = self.prompts.context
         if context.requires_grad or torch.compiler.is_compiling():
             return self.towers.encode_prompts(self.prompts())
-        key = (context._version, context.data_ptr(), context.dtype, context.device)
+        kept = not context.is_inference()  # such a tensor does not count its versions
+        key = (context._version if kept else 0, context.data_ptr(), context.dtype, context.device)
         cached = self._text_cache
-        if cached is not None and cached[0] is context and cached[1] == key:
+        if kept and cached is not None and cached[0] is context and cached[1] == key:
             return cached[2]
         # Out of the caller's modes, which later calls need not share.
         with (
@@ -384,7 +387,7 @@ class QualityPerceiver(nn.Module):
             torch.autocast(context.device.type, enabled=False),
         ):
             features = self.towers.encode_prompts(self.prompts())
-        self._text_cache = context, key, features
+        self._text_cache = (context, key, features) if kept else None
         return features
 
     def tier_logits(self, embedding: Tensor) -> Tensor:

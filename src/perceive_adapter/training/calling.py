@@ -28,7 +28,7 @@ def restored_by(
         model: a :class:`~perceive_adapter.PerceiveModel`, or any network that works in [0, 1].
         degraded: (B, 3, H, W).
         perception: what a wrapped model is told; None for what it perceives.
-        weights: to run with in place of its own, by the parameters' names.
+        weights: to run with in place of its own, by the names of parameters and buffers.
     """
     arguments: tuple[Tensor, ...] = (degraded,)
     keywords: dict[str, Any] = {}

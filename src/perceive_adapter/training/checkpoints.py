@@ -1,4 +1,7 @@
-"""Checkpoints of training runs: written whole or not at all, read without unpickling code."""
+"""Checkpoints of training runs: written whole or not at all, read without unpickling code.
+
+What a run was told is in them, so that another run does not take its weights for its own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 
 from perceive_adapter.errors import CheckpointError
 
-__all__ = ["REMEDY", "read_checkpoint", "write_checkpoint"]
+__all__ = ["REMEDY", "check_settings", "read_checkpoint", "write_checkpoint"]
 
 REMEDY: Final = "Give another output folder, or delete it to start afresh."
 
@@ -44,3 +47,38 @@ def read_checkpoint(file: Path, keys: Collection[str]) -> dict[str, Any] | None:
     if not isinstance(state, dict) or not state.keys() >= set(keys):
         raise CheckpointError(f"{str(file)!r} is no checkpoint of a training run. {REMEDY}")
     return state
+
+
+def check_settings(file: Path | None, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that a checkpoint was written by a run with the same settings.
+
+    Args:
+        file: the checkpoint.
+        found: what its run was told: plain values and mappings of them, by name.
+        wanted: what this run is told.
+
+    Raises:
+        CheckpointError: it names each setting that differs, with both values.
+    """
+    was, now = _flat(found), _flat(wanted)
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    if names:
+        raise CheckpointError(
+            f"{str(file)!r} was written by a run with {_told(was, names)}: expected "
+            f"{_told(now, names)}. Run with the same options and data, or: {REMEDY}"
+        )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Bring what is nested to one level, under names such as ``schedule.steps``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _told(settings: Mapping[str, Any], names: Collection[str]) -> str:
+    return ", ".join(f"{name}={settings.get(name)!r}" for name in names)

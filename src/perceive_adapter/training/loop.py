@@ -7,19 +7,24 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import CheckpointError, TrainingError
-from perceive_adapter.training.checkpoints import REMEDY, read_checkpoint, write_checkpoint
+from perceive_adapter.training.checkpoints import (
+    REMEDY,
+    check_settings,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 __all__ = ["Ahead", "Schedule", "seeded", "train"]
 
 T = TypeVar("T")
 
-_STATE = {"step", "schedule", "modules", "optimizer"}
+_STATE = {"step", "settings", "modules", "optimizer"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ def train(
     loss_at: Callable[[int], Tensor],
     schedule: Schedule,
     *,
+    settings: Mapping[str, Any] | None = None,
     checkpoint: Path | None = None,
     every: int = 500,
     title: str = "train",
@@ -113,19 +119,23 @@ def train(
         modules: what is trained and checkpointed, by name.
         loss_at: the loss of a step; everything random in it must hang on the step alone.
         schedule: steps and learning rates.
+        settings: whatever else decides the weights, such as a seed and a digest of the data: plain
+            values and mappings of them. A checkpoint of a run with others is refused.
         checkpoint: file that holds the state; training goes on from it where it exists.
         every: steps between two checkpoints.
         title: of the progress bar.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or of another schedule or other modules.
+        CheckpointError: the checkpoint is damaged, or of another schedule, other settings or other
+            modules.
         TrainingError: the loss is no longer finite; the last checkpoint is from before.
     """
     from tqdm import tqdm
 
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=schedule.weight_decay)
-    start = _resume(checkpoint, modules, optimizer, schedule)
+    told = {"modules": list(modules), "schedule": asdict(schedule), **(settings or {})}
+    start = _resume(checkpoint, modules, optimizer, told)
     bar = tqdm(range(start, schedule.steps), title, schedule.steps, initial=start, ncols=80)
     average = None
     for step in bar:
@@ -141,7 +151,7 @@ def train(
             average = loss.item() if average is None else 0.8 * average + 0.2 * loss.item()
             bar.set_postfix_str(f"loss {average:.4f}", refresh=False)
         if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == schedule.steps):
-            _save(checkpoint, modules, optimizer, schedule, step + 1)
+            _save(checkpoint, modules, optimizer, told, step + 1)
 
 
 def _check_finite(loss: Tensor, step: int, schedule: Schedule) -> None:
@@ -157,12 +167,12 @@ def _save(
     file: Path,
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    settings: Mapping[str, Any],
     step: int,
 ) -> None:
     state = {
         "step": step,
-        "schedule": asdict(schedule),
+        "settings": settings,
         "modules": {name: module.state_dict() for name, module in modules.items()},
         "optimizer": optimizer.state_dict(),
     }
@@ -173,18 +183,13 @@ def _resume(
     file: Path | None,
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    settings: Mapping[str, Any],
 ) -> int:
     """Load the state where there is one, and return the step to go on from."""
     state = read_checkpoint(file, _STATE) if file is not None else None
     if state is None:
         return 0
-    if state["schedule"] != asdict(schedule) or state["modules"].keys() != modules.keys():
-        raise CheckpointError(
-            f"{str(file)!r} was written by a run of {list(state['modules'])} with "
-            f"{state['schedule']}: expected {list(modules)} with {asdict(schedule)}. Run with the "
-            f"same options, or: {REMEDY}"
-        )
+    check_settings(file, state["settings"], settings)
     try:
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Final, Literal, TypeAlias
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.injection.checkpoint import is_sharded
 from perceive_adapter.injection.perception import Perception
+from perceive_adapter.modes import keeping_modes
 from perceive_adapter.training.calling import restored_by
 
 __all__ = ["EARLIER", "EarlierSelf", "MediumSource", "Mediums"]
@@ -24,8 +26,10 @@ MediumSource: TypeAlias = nn.Module | Literal["earlier"]
 class EarlierSelf(nn.Module):
     """The model as it was some time ago: its medium images get better as it does.
 
+    It restores in evaluation mode, by its own batch statistics, and leaves the model's alone.
+
     Args:
-        model: whose trainable parameters are remembered; it is not registered here.
+        model: whose trainable parameters and buffers are remembered; it is not registered here.
 
     Raises:
         ConfigError: the model is sharded.
@@ -37,20 +41,24 @@ class EarlierSelf(nn.Module):
             raise ConfigError(
                 'a model that FSDP has sharded cannot be its own medium, "earlier"; give a restorer'
             )
+        saved = model.state_dict().keys()  # what else is a buffer is computed anew, at any size
         self.names = [name for name, value in model.named_parameters() if value.requires_grad]
+        self.names += [name for name, _ in model.named_buffers() if name in saved]
         for index, name in enumerate(self.names):
-            self.register_buffer(str(index), model.get_parameter(name).detach().clone())
+            self.register_buffer(str(index), attrgetter(name)(model).detach().clone())
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
         """Remember the model as it is now."""
         for index, name in enumerate(self.names):
-            self.get_buffer(str(index)).copy_(model.get_parameter(name))
+            self.get_buffer(str(index)).copy_(attrgetter(name)(model))
 
     def forward(self, model: nn.Module, degraded: Tensor, perception: Perception | None) -> Tensor:
         """Restore with what is remembered."""
         remembered = {name: self.get_buffer(str(i)) for i, name in enumerate(self.names)}
-        return restored_by(model, degraded, perception, weights=remembered)
+        with keeping_modes(model):
+            model.eval()
+            return restored_by(model, degraded, perception, weights=remembered)
 
 
 class Mediums(nn.Module):

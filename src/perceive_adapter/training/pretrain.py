@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perceive_adapter.data import FAMILIES, FAMILY_OF, KIND_OF, KINDS
+from perceive_adapter.data.digest import photos_digest
 from perceive_adapter.data.samples import (
     CropSampler,
     Samples,
@@ -179,6 +180,7 @@ def pretrain(
             {"towers": towers},
             lambda step: towers.loss(*ahead(step)),
             schedule,
+            settings={"seed": seed, "photographs": photos_digest(sampler)},
             checkpoint=checkpoint,
             every=every,
             title="pretrain",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +25,12 @@ from torch.utils.data import DataLoader
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
 from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
 from perceive_adapter.injection.checkpoint import whole
-from perceive_adapter.training.checkpoints import REMEDY, read_checkpoint, write_checkpoint
+from perceive_adapter.training.checkpoints import (
+    REMEDY,
+    check_settings,
+    read_checkpoint,
+    write_checkpoint,
+)
 from perceive_adapter.training.restoration import RestorationStep
 
 if TYPE_CHECKING:
@@ -210,7 +216,7 @@ class RestorationRun:
         if self.accelerator.is_main_process:
             state = {
                 "step": done,
-                **self._settings(),
+                **self._settings,
                 "model": model,
                 "optimizer": moments,
                 "ema": ema,
@@ -224,12 +230,7 @@ class RestorationRun:
         state = read_checkpoint(file, _STATE) if file is not None else None
         if state is None:
             return self._agreed(0, file)
-        for name, value in self._settings().items():
-            if state[name] != value:
-                raise CheckpointError(
-                    f"{str(file)!r} was written by a run whose {name} was {state[name]}: expected "
-                    f"{value}. Run with the same options, or: {REMEDY}"
-                )
+        check_settings(file, {name: state[name] for name in self._settings}, self._settings)
         self._check_fits(state["model"], file)
         try:
             inner, optimizer = self._bare()
@@ -243,8 +244,9 @@ class RestorationRun:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return self._agreed(int(state["step"]), file)
 
+    @cached_property  # photographs are hashed for it
     def _settings(self) -> dict[str, Any]:
-        """What decides the weights, besides the model and the files."""
+        """What decides the weights, besides the model and the content of pairs."""
         return {"recipe": asdict(self.recipe), "data": self.data.settings()}
 
     def _agreed(self, step: int, file: Path | None) -> int:

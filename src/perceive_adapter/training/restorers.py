@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceive_adapter.data.digest import photos_digest
 from perceive_adapter.data.samples import (
     CropSampler,
     cut,
@@ -90,6 +91,7 @@ def train_restorers(
             {"restorer": restorer},
             _loss(restorer, sampler, seed * 2 + fold, device),
             schedule,
+            settings={"seed": seed, "photographs": photos_digest(sampler)},
             checkpoint=file,
             every=every,
             title=f"restorer {fold + 1} of {len(folds)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ class Split:
     Args:
         trained: trained on.
         audit: never trained on.
-        digest: hash of all contents; another set of photographs has another.
+        digest: hash of all contents, which tells apart what is trained on and what is audited.
     """
 
     trained: tuple[Path, ...]
@@ -45,7 +45,8 @@ def split_photos(paths: Sequence[Path], seed: int = 0) -> Split:
         ConfigError: there are fewer than five different files.
     """
     found = _by_digest(paths, seed)
-    shuffled = [found[digest] for digest in sorted(found)]
+    order = sorted(found)
+    shuffled = [found[content] for content in order]
     count = min(_MOST, max(_FEWEST, len(shuffled) // _AUDITED))
     if len(shuffled) < count + 2:
         raise ConfigError(
@@ -53,7 +54,8 @@ def split_photos(paths: Sequence[Path], seed: int = 0) -> Split:
             f"{_FEWEST} for the audit and one for each of two folds. Add photographs; a useful "
             "perceiver takes dozens."
         )
-    return Split(tuple(shuffled[count:]), tuple(shuffled[:count]), _digest_of(found))
+    digest = _digest_of(order[count:], order[:count])
+    return Split(tuple(shuffled[count:]), tuple(shuffled[:count]), digest)
 
 
 def audit_elsewhere(paths: Sequence[Path], audit: Sequence[Path]) -> Split:
@@ -71,7 +73,7 @@ def audit_elsewhere(paths: Sequence[Path], audit: Sequence[Path]) -> Split:
         )
     if len(found) < 2:
         raise ConfigError(f"got {len(found)} photographs to train on: expected two at least.")
-    return Split(tuple(found.values()), tuple(others.values()), _digest_of({**found, **others}))
+    return Split(tuple(found.values()), tuple(others.values()), _digest_of(found, others))
 
 
 def _by_digest(paths: Sequence[Path], seed: int) -> dict[str, Path]:
@@ -81,8 +83,9 @@ def _by_digest(paths: Sequence[Path], seed: int) -> dict[str, Path]:
     return found
 
 
-def _digest_of(found: Mapping[str, Path]) -> str:
-    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
+def _digest_of(trained: Iterable[str], audit: Iterable[str]) -> str:
+    """Hash the contents to train on, in their order, which decides the folds, and the others."""
+    return hashlib.sha256(" ".join([*trained, "audit", *sorted(audit)]).encode()).hexdigest()
 
 
 def claim_folder(out: Path, options: Mapping[str, Any]) -> Path:

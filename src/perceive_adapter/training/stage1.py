@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from perceive_adapter.data import FAMILIES
+from perceive_adapter.data.digest import photos_digest
 from perceive_adapter.data.samples import (
     CropSampler,
     as_stored,
@@ -23,6 +24,7 @@ from perceive_adapter.data.samples import (
 )
 from perceive_adapter.data.triplets import Blend, Medium, Scene
 from perceive_adapter.errors import ConfigError
+from perceive_adapter.injection.checkpoint import fingerprint
 from perceive_adapter.perceiver.quality import QualityPerceiver
 from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
 from perceive_adapter.training.tiers import tier_shares
@@ -144,10 +146,42 @@ def train_perceiver(
                 return loss
             return loss + perceiver.heads.loss(embedding, severity)
 
-        schedule = recipe.schedule
-        train(modules, loss_at, schedule, checkpoint=checkpoint, every=every, title="stage 1")
+        train(
+            modules,
+            loss_at,
+            recipe.schedule,
+            settings=_settings(perceiver, folds, recipe, mediums) if checkpoint else None,
+            checkpoint=checkpoint,
+            every=every,
+            title="stage 1",
+        )
     for module in modules.values():
         module.requires_grad_(False)
+
+
+def _settings(
+    perceiver: QualityPerceiver,
+    folds: Sequence[CropSampler],
+    recipe: Stage1,
+    mediums: Sequence[Medium],
+) -> dict[str, Any]:
+    """What decides the weights; of the prompts it is what they start from."""
+    prompts = perceiver.prompts
+    return {
+        **asdict(recipe),
+        "photographs": [photos_digest(fold) for fold in folds],
+        "mediums": [_told(medium) for medium in mediums],
+        "towers": fingerprint(perceiver.towers),
+        "prompts": fingerprint(prompts, {"context": prompts.initial}),
+    }
+
+
+def _told(medium: Medium) -> str:
+    """Name a medium with its numbers and texts, and those that it mixes; not its restorers."""
+    values = getattr(medium, "__dict__", {}).items()
+    parts = [f"{name}={value}" for name, value in values if isinstance(value, int | float | str)]
+    parts += [_told(part) for part in getattr(medium, "mediums", ())]
+    return f"{type(medium).__qualname__}({', '.join(parts)})"
 
 
 def _check(

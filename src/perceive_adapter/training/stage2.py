@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,6 +13,7 @@ from torch import nn
 from perceive_adapter.data.restoration import RestorationData
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.losses import ObjectiveWeights, RestorationObjective
+from perceive_adapter.modes import keeping_modes
 from perceive_adapter.training.loop import Schedule
 from perceive_adapter.training.mediums import MediumSource
 from perceive_adapter.training.restoration import Perceive, RestorationStep
@@ -98,7 +100,8 @@ def train_restoration(
     Args:
         model: a :class:`~perceive_adapter.PerceiveModel`, which perceives the whole crop and
             restores a part of it; or any other network from degraded to restored image in [0, 1].
-            It is trained in place, on the accelerator's device, and left in the mode it was in.
+            It is trained in place, on the accelerator's device; at the end, or on an error, each
+            of its modules gets back the mode it had.
         data: what is trained on.
         recipe: steps, batches and the weights of the objective.
         objective: None for one of ``recipe.weights``.
@@ -118,7 +121,8 @@ def train_restoration(
             there are mediums and no difficulty-adaptive loss.
         BackboneError: the wrapped network takes no RGB image, is an upscaler, or cannot run on
             patches of this size.
-        CheckpointError: the checkpoint is damaged or of another run.
+        CheckpointError: the checkpoint is damaged, or of another run: another recipe, model or
+            data, of which all but the content of pairs is compared.
         TrainingError: loss or gradient are no longer finite; the last checkpoint is from before.
     """
     from accelerate import Accelerator
@@ -137,19 +141,24 @@ def train_restoration(
     run = RestorationRun(step, data, recipe, accelerator, channels_last=channels_last)
     if channels_last:
         in_channels_last(model)
-    if compile:
-        model.compile()
-    before = model.training
-    start = run.resume(checkpoint)
-    model.train()
-    try:
+    with _compiled(model, compile), keeping_modes(model):
+        start = run.resume(checkpoint)
+        model.train()
         for index, samples in run.progress(start, workers):
             run.update(index, samples)
             done = index + 1
             if checkpoint is not None and (done % every == 0 or done == recipe.schedule.steps):
                 run.save(checkpoint, done)
         run.finish()
+
+
+@contextmanager
+def _compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Compile the model for a while, if wanted, and leave it as it was given."""
+    before = model._compiled_call_impl
+    try:
+        if wanted:
+            model.compile()
+        yield
     finally:
-        model.train(before)
-        if compile:
-            model._compiled_call_impl = None  # as it was given
+        model._compiled_call_impl = before
