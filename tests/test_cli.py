@@ -878,6 +878,14 @@ def test_what_is_set_aside_is_not_trained_on_under_another_name_or_task(tmp_path
     assert overlapping.pairs == found.pairs
 
 
+def test_of_a_task_of_few_sets_single_targets_are_set_aside(tmp_path: Path) -> None:
+    for index, scene in enumerate(("light", "heavy")):
+        for frame in range(10):
+            pair_files(tmp_path / "derain" / scene, f"{frame}", 10 * index + frame)
+    found = find_data([tmp_path], "raise")
+    assert (len(found.pairs), len(found.held_pairs)) == (18, 2)
+
+
 def test_whole_scenes_are_set_aside(tmp_path: Path) -> None:
     for scene in range(12):
         for frame in range(4):

@@ -137,11 +137,13 @@ class _Listing:
             self._lines.append((name_below(path, folder), digest))
 
     def set_aside(self) -> set[str]:
-        """Choose contents: whole sets of a task that has several, whose neighbours are alike."""
-        from perceive_adapter.training.aside import set_aside
+        """Choose contents: whole sets of a task that has enough, since frames of one are alike."""
+        from perceive_adapter.training.aside import FEWEST, set_aside
 
         tasks = [
-            list(sets.values()) if len(sets) > 1 else [{one} for one in next(iter(sets.values()))]
+            list(sets.values())
+            if len(sets) >= FEWEST
+            else [{one} for targets in sets.values() for one in targets]
             for sets in self._sets.values()
         ]
         return set_aside([*tasks, [{photo} for photo in self.photos]])

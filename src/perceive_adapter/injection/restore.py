@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from perceive_adapter.data.images import Image, read_image
 from perceive_adapter.errors import BackboneError, ConfigError, ImageError
 from perceive_adapter.injection.probe import image_in
 from perceive_adapter.injection.tiling import Grid, weights
+from perceive_adapter.modes import keeping_modes
 
 if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
@@ -45,7 +44,8 @@ def restore_image(
         )
     gray = color.shape[1] == 1
     inputs = color.expand(-1, 3, -1, -1) if channels == 3 else color.flatten(0, 1)[:, None]
-    with model.adapters.lock, _evaluating(model), torch.no_grad():
+    with model.adapters.lock, keeping_modes(model), torch.no_grad():
+        model.eval()
         restored = torch.cat(
             [_restore_one(model, one[None], tile, overlap, batch_size) for one in inputs]
         )
@@ -57,17 +57,6 @@ def restore_image(
     if planes.alpha is not None:
         result = torch.cat([result, _resized(planes.alpha, result)], dim=1)
     return planes.pack(result)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _restore_one(
@@ -204,7 +193,8 @@ def find_multiple(model: PerceiveModel) -> int:
 def _runs(model: PerceiveModel, size: tuple[int, int]) -> bool:
     image = torch.full((1, model.sites.image_channels, *size), 128, dtype=torch.uint8)
     try:
-        with _evaluating(model), torch.no_grad(), model.disabled():
+        with keeping_modes(model), torch.no_grad(), model.disabled():
+            model.eval()
             _call(model, _network_input(model, image))
     except torch.OutOfMemoryError:
         raise

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
-__all__ = ["set_aside"]
+__all__ = ["FEWEST", "set_aside"]
 
-_FEWEST: Final = 5  # parts of a task from which some are set aside
+FEWEST: Final = 5  # parts of a task from which some are set aside
 _SHARE: Final = 10  # one in so many
 
 
@@ -35,11 +35,11 @@ def set_aside(tasks: Sequence[Collection[Collection[str]]]) -> set[str]:
     """
     first = _joined(part for parts in tasks for part in parts)
     named = [{first[content] for part in parts for content in part} for parts in tasks]
-    spared = {name for names in named if len(names) < _FEWEST for name in names}
+    spared = {name for names in named if len(names) < FEWEST for name in names}
     taken: set[str] = set()
     seen: Counter[str] = Counter()
     for names in sorted(named, key=lambda names: (len(names), sorted(names))):
-        share = max(1, len(names) // _SHARE) if len(names) >= _FEWEST else 0
+        share = max(1, len(names) // _SHARE) if len(names) >= FEWEST else 0
         lacking = max(0, share - len(names & taken))
         # first what no smaller task has, since those have their shares already
         free = sorted(names - taken - spared, key=lambda name: (seen[name], _drawn(name)))
