@@ -157,6 +157,21 @@ def test_another_network_is_refused(made_for: str, given: str, kind: str, tmp_pa
     assert all(p.requires_grad for p in other.parameters())
 
 
+def test_weights_that_a_network_writes_itself_do_not_warn(tmp_path: Path) -> None:
+    model = wrapped("reparametrized")
+    assert "body.1.merged.weight" in model.sites.rewritten
+    model.save_pretrained(tmp_path)
+    net = CASES["reparametrized"].net()
+    net.body[1].merged.weight.data.zero_()  # it has not run yet
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(net, tmp_path)
+    net = CASES["reparametrized"].net()
+    net.body[1].wide.weight.data.zero_()
+    with pytest.warns(UserWarning, match="other weights"):
+        wrap(net, tmp_path)
+
+
 def test_other_weights_warn(saved: Path) -> None:
     with pytest.warns(UserWarning, match="other weights"):
         wrap(net(seed=1), saved)

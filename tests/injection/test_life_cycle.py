@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -137,6 +138,26 @@ def test_unwrap_gives_the_original_back(case: str) -> None:
     assert model.unwrap() is net
     assert state(net)[:4] == before[:4]
     assert len(hook) > 0
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_wrapped_inside_inference_mode(saved: bool, tmp_path: Path) -> None:
+    if saved:
+        wrapped("u_shape").save_pretrained(tmp_path)
+    net = CASES["u_shape"].net()
+    with torch.inference_mode():
+        model = wrap(net, tmp_path if saved else None)
+        restored = model.restore(IMAGE)
+    assert torch.equal(model.restore(IMAGE), restored)
+    model.adapters.requires_grad_(True)
+    model(IMAGE).mean().backward()
+
+
+def test_weights_made_inside_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        net = CASES["u_shape"].net()
+        with pytest.raises(BackboneError, match="where no gradient can ever pass"):
+            wrap(net)
 
 
 def test_unwrap_puts_unfrozen_weights_back() -> None:

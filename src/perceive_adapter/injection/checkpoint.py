@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,16 +100,22 @@ class AdapterFile:
     where: str
 
 
-def fingerprint(backbone: nn.Module, originals: Mapping[str, Tensor] | None = None) -> str:
+def fingerprint(
+    backbone: nn.Module,
+    originals: Mapping[str, Tensor] | None = None,
+    *,
+    leave_out: Collection[str] = (),
+) -> str:
     """Return a sha256 over the names, shapes, dtypes and values of a backbone's weights.
 
     Args:
         backbone: any module.
         originals: values to hash in place of the present ones, by name.
+        leave_out: names of weights that do not count, such as ``SitePlan.rewritten``.
     """
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name not in leave_out:
             value = whole((originals or {}).get(name, value)).detach().cpu().contiguous()
             digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
             digest.update(value.flatten().view(torch.uint8).numpy().data)
@@ -145,7 +151,7 @@ def save_adapter(
         plan=model.sites,
         backbone=BackboneRecord(
             type(model.backbone).__name__,
-            fingerprint(model.backbone, frozen.originals),
+            fingerprint(model.backbone, frozen.originals, leave_out=model.sites.rewritten),
             model.sites.backbone_parameters,
         ),
         perceiver=PerceiverRecord(tower.fingerprint(), model.perceiver_name) if tower else None,
@@ -337,7 +343,8 @@ def _check_backbone(
                 f"{where} changes weights of the {kind}, which has none yet: load them first"
             )
         return
-    if fingerprint(backbone, originals) != record.backbone.fingerprint:
+    found = fingerprint(backbone, originals, leave_out=record.plan.rewritten)
+    if found != record.backbone.fingerprint:
         warnings.warn(
             f"{where} was trained on a {record.backbone.name} with other weights than this "
             f"{kind}; it loads, since the shapes agree, and may restore badly",

@@ -27,6 +27,7 @@ __all__ = ["plan_sites"]
 PROBE_SIZE = 64
 
 
+@torch.inference_mode(False)  # a backward pass is tried
 def plan_sites(
     backbone: nn.Module,
     *,
@@ -65,6 +66,7 @@ def plan_sites(
     """
     config = config or AdapterConfig()
     check_backbone(backbone)
+    before = [(name, p, p._version, p.detach()) for name, p in backbone.named_parameters()]
     with quiet(backbone):
         given, base = dry_run(backbone, example, image_arg)
         traces, scale = _traces(backbone, given, base)
@@ -80,7 +82,13 @@ def plan_sites(
         small = _smallest(given, traces)
         output = base.output if traces.size is None or small is given else traces.size.output
         plan = plan.replace(eval_only=find_eval_only(backbone, plan, small))
-        return verified(backbone, plan, config, small, output, named=named)
+        plan = verified(backbone, plan, config, small, output, named=named)
+    rewritten = (
+        name
+        for name, parameter, version, data in before
+        if parameter._version != version or parameter.data_ptr() != data.data_ptr()
+    )
+    return plan.replace(rewritten=tuple(rewritten))
 
 
 def _find(

@@ -257,7 +257,8 @@ def check_backbone(
         without_weights: whether it may be on the meta device.
 
     Raises:
-        BackboneError: no module, without parameters, on several devices, or on the meta device.
+        BackboneError: no module, without parameters, on several devices, on the meta device, or
+            with weights that were made under ``torch.inference_mode()``.
         CompiledBackboneError: compiled or scripted.
         AlreadyWrappedError: it carries the hooks of an injector.
     """
@@ -280,6 +281,11 @@ def check_backbone(
                     "the backbone is wrapped already; use the model that wraps it, its "
                     "add_adapter(), or unwrap() it first"
                 )
+    if any(parameter.is_inference() for parameter in backbone.parameters()):
+        raise BackboneError(
+            "the backbone's weights were made under torch.inference_mode(), where no gradient can "
+            "ever pass them; build or load the network outside of it, or under torch.no_grad()"
+        )
     devices = {tensor.device for tensor in backbone.parameters()}
     if len(devices) > 1 or (torch.device("meta") in devices and not without_weights):
         raise BackboneError(

@@ -156,7 +156,10 @@ class PerceiveModel(nn.Module):
                 injector.arm(injector.encoder(self._perception(perception, image)))
             return self.backbone(*args, **kwargs)
         finally:
-            self.adapters.disarm() if adapter_names is not None else injector.disarm()
+            if adapter_names is not None:
+                self.adapters.disarm()
+            else:
+                injector.disarm()
 
     def perceive(self, image: Tensor) -> Perception:
         """Perceive images, in the backbone's value range, once and as a whole.
@@ -292,10 +295,11 @@ class PerceiveModel(nn.Module):
     @property
     def size_multiple(self) -> int:
         """What the backbone needs height and width to be a multiple of; found at first use."""
-        with self._in_turn():
-            if self._multiple is None:
+        self._check_wrapped()
+        if self._multiple is None:
+            with self._in_turn(folded=False):
                 self._multiple = find_multiple(self)
-            return self._multiple
+        return self._multiple
 
     def status(self) -> AdapterStatus:
         """Tell which adapters and sites there are, which are active, and what trains."""

@@ -185,6 +185,8 @@ class SitePlan:
             they run other layers than these sites; "" is the backbone itself.
         folds: whether branches may become a part of their layers' weights for a while: not where
             the network reads such a weight elsewhere too.
+        rewritten: parameters that the network itself writes when it runs, such as a convolution
+            that it merges from several; they do not tell one backbone from another.
 
     Raises:
         ConfigError: a size or the scale cannot be, or a site is named twice.
@@ -199,6 +201,7 @@ class SitePlan:
     blocked: tuple[str, ...] = ()
     eval_only: tuple[str, ...] = ()
     folds: bool = True
+    rewritten: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         sides = self.probe_size

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, Union
 
+import torch
 from torch import nn
 
 from perceive_adapter.config import AdapterConfig
@@ -29,6 +30,7 @@ DEFAULT_PERCEIVER = "perceive-tiny"
 PerceiverLike: TypeAlias = Union[QualityPerceiver, str, "os.PathLike[str]", Literal[False], None]
 
 
+@torch.inference_mode(False)  # what is made there could not be trained, nor tried by a backward
 def wrap(
     backbone: nn.Module,
     pretrained: str | os.PathLike[str] | None = None,
