@@ -14,6 +14,7 @@ from perceive_adapter.errors import ImageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from perceive_adapter.data.matching import File
     from perceive_adapter.data.pairs import Pair
     from perceive_adapter.evaluation.cases import Case
 
@@ -91,6 +92,7 @@ class _Listing:
         self.photos: dict[str, Path] = {}
         self._sets: dict[str, dict[str, set[str]]] = {}  # targets by task, and set within it
         self._lines: list[tuple[str, ...]] = []
+        self._digests: dict[File, str] = {}  # one target may be that of dozens of images
 
     def search(self, folder: Path, skip: bool, skipped: list[str]) -> None:
         """Add what a folder holds, but for copies of what is there already."""
@@ -114,11 +116,10 @@ class _Listing:
                 _leave_out(error, skip, skipped)
 
     def _add_pair(self, pair: Pair, folder: Path) -> None:
-        from perceive_adapter.data.contents import content_digest
         from perceive_adapter.data.matching import name_below
 
         files = [pair.degraded, pair.target, *(file for file in pair.mediums if file is not None)]
-        digests = [content_digest(file) for file in files]
+        digests = [self._digest(file) for file in files]
         if (digests[0], digests[1]) in self.pairs:
             return
         task, _, scene = pair.group.partition("/")
@@ -128,13 +129,19 @@ class _Listing:
         self._lines.append((task, *(name_below(file, folder) for file in files), *digests))
 
     def _add_photo(self, path: Path, folder: Path) -> None:
-        from perceive_adapter.data.contents import content_digest
         from perceive_adapter.data.matching import name_below
 
-        digest = content_digest(path)
+        digest = self._digest(path)
         if digest not in self.photos:
             self.photos[digest] = path
             self._lines.append((name_below(path, folder), digest))
+
+    def _digest(self, file: File) -> str:
+        from perceive_adapter.data.contents import content_digest
+
+        if file not in self._digests:
+            self._digests[file] = content_digest(file)
+        return self._digests[file]
 
     def set_aside(self) -> set[str]:
         """Choose contents: whole sets of a task that has enough, since frames of one are alike."""
