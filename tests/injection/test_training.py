@@ -200,6 +200,20 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_gradient() -
     _one(model).backward()
 
 
+def test_a_disabled_pass_under_activation_checkpointing_is_bare() -> None:
+    def gradients(checkpointing: bool) -> torch.Tensor:
+        model = _unfrozen_alone(checkpointing)
+        with model.disabled():
+            return _gradients_of_backbone(model, _one(model))
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+    model = _unfrozen_alone(True)
+    with model.disabled():
+        loss = _one(model)
+    with pytest.raises(BackboneError, match=r"stay inside disabled\(\) for both"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("sites", [None, "layer:body.**"])
 def test_reentrant_checkpointing_of_a_frozen_adapter(sites: str | None) -> None:
     """It is right, or refused where only the blocks that run again know of the pass."""

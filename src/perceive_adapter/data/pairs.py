@@ -11,7 +11,6 @@ from typing import Final, Literal
 
 from torch import Tensor
 
-from perceive_adapter.data.folders import walk
 from perceive_adapter.data.heads import image_size
 from perceive_adapter.data.images import open_image, read_image
 from perceive_adapter.data.matching import (
@@ -25,6 +24,7 @@ from perceive_adapter.data.matching import (
     match_shard,
 )
 from perceive_adapter.data.shards import Member, shard_group, shards_below
+from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [

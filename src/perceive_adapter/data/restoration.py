@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
-from perceive_adapter.data.digest import photos_digest
 from perceive_adapter.data.pairs import Pair, read_mediums, read_pair
 from perceive_adapter.data.samples import CropSampler, as_file, mirrored_to
 from perceive_adapter.errors import ConfigError, ImageError

@@ -21,8 +21,8 @@ from perceive_adapter.data.degradations import (
     mix,
 )
 from perceive_adapter.data.degradations.sensor import recode
-from perceive_adapter.data.folders import walk
 from perceive_adapter.data.images import read_image
+from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from perceive_adapter.data.folders import walk
+from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ImageError
 
 __all__ = ["COMPRESSED", "SHARD_SUFFIX", "Member", "shard_group", "shard_members", "shards_below"]

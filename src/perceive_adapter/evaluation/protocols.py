@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from perceive_adapter.data.degradations import DEGRADATIONS
-from perceive_adapter.data.folders import walk
 from perceive_adapter.data.pairs import find_pairs
 from perceive_adapter.data.samples import find_images
+from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.evaluation.cases import Case, degraded_cases, noise_cases, pair_cases
 

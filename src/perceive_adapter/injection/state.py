@@ -60,12 +60,11 @@ class Passes:
         self._alive.add(this)
         return this
 
-    def again(self) -> ForwardPass:
-        """Return the pass that runs again.
+    def again(self) -> ForwardPass | None:
+        """Return the pass that runs again, None where there is none that hooks took part in.
 
         Raises:
             PerceptionError: it may be one of several.
-            BackboneError: it is none of which the graph is known: reentrant checkpointing.
         """
         alive = [this for this in self._alive if this.held]
         waiting = [this for this in alive if not this.over] or alive
@@ -75,9 +74,7 @@ class Passes:
                 "passes wait for their backward pass, each with its own perception; run the "
                 "backward pass after each forward pass, or turn checkpointing off"
             )
-        if not waiting:
-            raise BackboneError(f"the network checkpoints its activations {_REENTRANT}")
-        return waiting[0]
+        return waiting[0] if waiting else None
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()  # graphs are neither copied nor saved
@@ -133,12 +130,12 @@ class ConditionState:
         if torch.compiler.is_compiling():
             return self._current()
         if not self.armed and torch._C._current_graph_task_id() != -1:
-            return self.passes.again().told.get(self)
+            return self._again()
         told = self._current()
         if told is not None and _loses_gradient(told.condition):
             raise BackboneError(
-                f"the network checkpoints its activations {_REENTRANT}, which loses the gradient "
-                "of prompts where the network is frozen"
+                "the network checkpoints its activations with use_reentrant=True, which loses the "
+                f"gradient of prompts where the network is frozen: checkpoint {_REENTRANT}"
             )
         return told
 
@@ -146,6 +143,17 @@ class ConditionState:
         """Keep the pass under way for as long as the graph of these features."""
         if self.this is not None and not torch.compiler.is_compiling():
             self.this.hold(features)
+
+    def _again(self) -> Told | None:
+        this = self.passes.again()
+        if this is not None:
+            return this.told.get(self)
+        if not self.enabled:
+            return None
+        raise BackboneError(
+            "a backward pass runs the network again, and no forward pass is known that it belongs "
+            f"to: stay inside disabled() for both, and checkpoint activations {_REENTRANT}"
+        )
 
     def _current(self) -> Told | None:
         if not self.enabled:
@@ -166,10 +174,7 @@ class ConditionState:
         self.__dict__.update(state)
 
 
-_REENTRANT = (
-    "with use_reentrant=True, of which the hooks cannot tell the forward pass that runs again: "
-    "checkpoint with use_reentrant=False, or not at all"
-)
+_REENTRANT = "with use_reentrant=False, or not at all"
 
 
 def _loses_gradient(condition: Tensor) -> bool:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perceive_adapter.data import FAMILIES, FAMILY_OF, KIND_OF, KINDS
-from perceive_adapter.data.digest import photos_digest
+from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.samples import (
     CropSampler,
     Samples,

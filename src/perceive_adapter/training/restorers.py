@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceive_adapter.data.digest import photos_digest
+from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.samples import (
     CropSampler,
     cut,

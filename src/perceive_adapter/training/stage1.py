@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceive_adapter.data import FAMILIES
-from perceive_adapter.data.digest import photos_digest
+from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.samples import (
     CropSampler,
     as_stored,
