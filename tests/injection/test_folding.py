@@ -264,15 +264,20 @@ class Dropping(nn.Module):
         self.tail = nn.Conv2d(8, 3, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        time.sleep(0.02)
-        return self.tail(self.drop(self.head(image)))
+        features = self.drop(self.head(image))
+        time.sleep(0.1)
+        return self.tail(features)
 
 
 def test_threads_that_restore_leave_modes_alone() -> None:
     model, image = wrap(Dropping(), perceiver=False).train(), torch.rand(3, 24, 24)
     expected = model.restore(image)
-    restored = _in_threads(lambda index: [model.restore(image) for _ in range(4)], 3)
-    assert all(torch.equal(result, expected) for results in restored for result in results)
+
+    def work(index: int) -> Tensor:
+        time.sleep(0.05 * index)  # the second comes while the first restores
+        return model.restore(image)
+
+    assert all(torch.equal(result, expected) for result in _in_threads(work, 2))
     assert model.training
     assert model.backbone.drop.training
 
@@ -287,8 +292,9 @@ def test_switching_adapters_waits_for_passes_in_other_threads() -> None:
         expected[name] = model(image).detach()
 
     def work(index: int) -> bool:
-        for turn in range(6):
+        for turn in range(4):
             if index:
+                time.sleep(0.05)  # the other thread is in the middle of a pass
                 model.set_adapter("default" if turn % 2 else "other")
             elif not any(torch.equal(model(image), value) for value in expected.values()):
                 return False
