@@ -38,7 +38,7 @@ def photos_digest(photos: CropSampler) -> str:
         >>> photos_digest(CropSampler([dark])) == photos_digest(CropSampler([bright]))
         False
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{photos.dark:g}".encode() if photos.dark else b"")
     for photo, *_ in photos.pyramids:
         digest.update(str(tuple(photo.shape)).encode())
         digest.update(photo.contiguous().numpy().tobytes())

@@ -26,6 +26,7 @@ from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [
+    "DARK_SCENES",
     "IMAGE_SUFFIXES",
     "MARGIN",
     "CropSampler",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+DARK_SCENES: Final = 0.04
+"""Share of the crops that a perceiver is trained on that become dark scenes."""
 _OCTAVE: Final = 2**-0.5
 _SMALLEST_SIDE: Final = 160  # pixels, of a photograph that is shrunk to be another scene
 MARGIN: Final = 12  # pixels; half of the widest blur's kernel
@@ -141,20 +144,25 @@ class CropSampler:
     Args:
         photos: (3, H, W) uint8, of any sizes.
         largest: longest side in pixels to which a larger photograph is shrunk first.
+        dark: share of the crops that become dark scenes, by one to three stops. Photographs are
+            seldom as dark as underexposure makes them, and a perceiver that never saw any takes
+            every dark scene for underexposed.
 
     Raises:
         ConfigError: there is no photograph.
     """
 
-    def __init__(self, photos: Sequence[Tensor], largest: int = 1200) -> None:
+    def __init__(self, photos: Sequence[Tensor], largest: int = 1200, dark: float = 0.0) -> None:
         if not photos:
             raise ConfigError("got no photographs to draw crops from: give at least one.")
         self.pyramids = [_pyramid(photo, largest) for photo in photos]
+        self.dark = dark
 
     def draw(self, count: int, side: int, generator: torch.Generator) -> Tensor:
         """Return crops (count, 3, side, side) in [0, 1]."""
         crops = torch.stack([self._crop(side, generator) for _ in range(count)])
-        return _relight(crops.float() / 255, generator)
+        crops = _relight(crops.float() / 255, generator)
+        return _darken(crops, self.dark, generator) if self.dark else crops
 
     def _crop(self, side: int, generator: torch.Generator) -> Tensor:
         for attempt in range(4):
@@ -321,6 +329,12 @@ def _relight(crops: Tensor, generator: torch.Generator) -> Tensor:
     gray = crops.mean(dim=1, keepdim=True)
     saturation = draw(0.6, 1.2) * (draw(0, 1) > 0.1)
     return (gray + saturation * (crops - gray)).clamp(0, 1)
+
+
+def _darken(crops: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Make a share of the crops dark scenes; all else that a sensor adds in the dark is left out."""
+    chosen, stops = torch.rand(2, len(crops), 1, 1, 1, generator=generator)
+    return torch.where(chosen < share, crops * torch.exp2(-1 - 2 * stops), crops)
 
 
 def _integer(limit: int, generator: torch.Generator) -> int:

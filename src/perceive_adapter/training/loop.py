@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from perceive_adapter.errors import CheckpointError, TrainingError
 from perceive_adapter.training.checkpoints import (
@@ -74,20 +76,30 @@ def seeded(seed: int, step: int) -> torch.Generator:
 
 
 class Ahead(Generic[T]):
-    """Draws the samples of the next step in a thread, while this one trains.
+    """Draws the samples of the next steps while this one trains.
+
+    A thread draws those of the next step, which is enough on a CPU, where training takes longer; a
+    GPU is kept busy by many processes only.
 
     Args:
-        draw: the samples of a step; everything random in it must hang on the step alone.
+        draw: the samples of a step, on the CPU; everything random in it must hang on the step
+            alone, so that it does not matter who draws.
         steps: in all.
+        workers: processes that draw; 0 for the thread, which also draws where processes cannot be
+            forked.
     """
 
-    def __init__(self, draw: Callable[[int], T], steps: int) -> None:
+    def __init__(self, draw: Callable[[int], T], steps: int, workers: int = 0) -> None:
         self._draw, self._steps = draw, steps
+        self._workers = workers if "fork" in multiprocessing.get_all_start_methods() else 0
         self._pool = ThreadPoolExecutor(1, "samples")
         self._next: tuple[int, Future[T]] | None = None
+        self._drawn: tuple[int, Iterator[T]] | None = None
 
     def __call__(self, step: int) -> T:
         """Return the samples of a step."""
+        if self._workers:
+            return self._by_processes(step)
         ready = self._next
         if ready is None or ready[0] != step:
             ready = step, self._pool.submit(self._draw, step)
@@ -96,11 +108,46 @@ class Ahead(Generic[T]):
             self._next = step + 1, self._pool.submit(self._draw, step + 1)
         return samples
 
+    def _by_processes(self, step: int) -> T:
+        if self._drawn is None or self._drawn[0] != step:
+            self._drawn = step, iter(self._loader(step))
+        drawn = self._drawn[1]
+        self._drawn = step + 1, drawn
+        return next(drawn)
+
+    def _loader(self, step: int) -> DataLoader[T]:
+        """Draw from a step on, in the order of the steps."""
+        return DataLoader(
+            _Steps(self._draw),
+            sampler=range(step, self._steps),
+            batch_size=None,
+            collate_fn=_as_drawn,
+            num_workers=self._workers,
+            prefetch_factor=4,
+            multiprocessing_context="fork",  # what draws holds photographs, and cannot be pickled
+            generator=torch.Generator(),  # else torch's global one is moved
+        )
+
     def __enter__(self) -> Ahead[T]:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._drawn = None
         self._pool.shutdown(cancel_futures=True)
+
+
+class _Steps(Dataset[T]):
+    """What a step draws, as a data loader wants it."""
+
+    def __init__(self, draw: Callable[[int], T]) -> None:
+        self._draw = draw
+
+    def __getitem__(self, step: int) -> T:
+        return self._draw(step)
+
+
+def _as_drawn(drawn: T) -> T:
+    return drawn
 
 
 def train(

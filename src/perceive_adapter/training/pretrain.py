@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from perceive_adapter.data import FAMILIES, FAMILY_OF, KIND_OF, KINDS
 from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.samples import (
+    DARK_SCENES,
     CropSampler,
     Samples,
     as_stored,
@@ -37,7 +38,7 @@ from perceive_adapter.training.captions import (
 from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
 from perceive_adapter.training.tiers import tier_shares
 
-__all__ = ["ARCHITECTURE", "SCHEDULE", "TinyTowers", "as_perceiver", "draw_samples", "pretrain"]
+__all__ = ["ARCHITECTURE", "SCHEDULE", "TinyTowers", "as_perceiver", "draw_batch", "pretrain"]
 
 _CONTEXT: Final = 24
 ARCHITECTURE: Final[Mapping[str, Any]] = {
@@ -54,12 +55,38 @@ ARCHITECTURE: Final[Mapping[str, Any]] = {
 """Keyword arguments of the open_clip model that perceive-tiny is."""
 
 SCHEDULE: Final = Schedule(
-    steps=8_000, learning_rate=2e-3, final_learning_rate=1e-5, warmup=300, weight_decay=0.02
+    steps=16_000, learning_rate=2e-3, final_learning_rate=1e-5, warmup=300, weight_decay=0.02
 )
+_TIERS: Final = 3
+_RATED: Final = 2.0  # weight of the captions of quality
+_BLENDED: Final = 0.15  # share of the images that are half restored
+_MILDER: Final = 0.4  # of the severity, in the middle of a triplet
 _SIZES: Final = ((64, 128), (96, 64), (128, 40), (64, 128), (192, 20))
 _CAPTIONS: Final = 48  # of a batch; writing and reading one costs more than an image
 _LARGEST_SCALE: Final = 30.0
 _VIEWS: Final = 16
+
+
+class Batch(NamedTuple):
+    """What the towers are trained on in one step.
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        severity: (B, K) in [0, 1], one column for each of ``KINDS``, 0 where absent.
+        tiers: (B, 3), how much of each tier an image is, from low to high.
+        captioned: (C,), the images that have captions.
+        captions: (C + 3, L), tokens of a caption for each of those, then of one for each tier.
+    """
+
+    image: Tensor
+    severity: Tensor
+    tiers: Tensor
+    captioned: Tensor
+    captions: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class TinyTowers(nn.Module):
@@ -93,19 +120,16 @@ class TinyTowers(nn.Module):
         embedding: Tensor = self.clip.encode_image((image - self.mean) / self.std, normalize=True)
         return embedding
 
-    def loss(self, samples: Samples, generator: torch.Generator) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Contrast with captions of damage, rate by captions of quality, train the heads."""
-        embedding = self.embed(samples.degraded)
-        chosen = torch.randperm(len(embedding), generator=generator)[:_CAPTIONS]
-        severity = samples.severity[chosen]
-        captions = write_captions(severity, generator) + write_quality_captions(generator)
-        text = self.clip.encode_text(self.tokenize(captions), normalize=True)
-        damage, quality = text[: len(chosen)], text[len(chosen) :]
+        embedding = self.embed(batch.image)
+        text = self.clip.encode_text(batch.captions, normalize=True)
+        damage, quality = text[: len(batch.captioned)], text[len(batch.captioned) :]
         scale = self.clip.logit_scale.exp().clamp(max=_LARGEST_SCALE)
-        shares = tier_shares(samples.severity.amax(dim=1), quality.shape[0])
-        rated = F.cross_entropy(scale * embedding @ quality.T, shares)
-        told = contrast(embedding[chosen], damage, grades(severity), scale)
-        return told + rated + 4 * self.heads.loss(embedding, samples.severity)
+        rated = F.cross_entropy(scale * embedding @ quality.T, batch.tiers)
+        graded = grades(batch.severity[batch.captioned])
+        told = contrast(embedding[batch.captioned], damage, graded, scale)
+        return told + _RATED * rated + 4 * self.heads.loss(embedding, batch.severity)
 
     def fused_clip(self) -> Any:
         """Return the open_clip model with plain convolutions, as it is published."""
@@ -132,18 +156,55 @@ def contrast(image: Tensor, text: Tensor, graded: Tensor, scale: Tensor) -> Tens
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def draw_samples(
-    sampler: CropSampler, count: int, side: int, generator: torch.Generator
-) -> Samples:
-    """Draw a batch for the towers: damaged crops, some half restored, as files would hold them."""
-    photos = sampler.draw(count, with_surroundings(side), generator)
-    samples = degrade_each(photos, draw_severities(count, generator), generator)
+def draw_batch(
+    sampler: CropSampler,
+    count: int,
+    side: int,
+    tokenize: WordTokenizer,
+    generator: torch.Generator,
+) -> Batch:
+    """Draw a batch for the towers, three images of four damaged in ways of their own.
+
+    The others are triplets as stage 1 sees them: a damaged image, one half restored, a clean one.
+    What stage 1 has to tell apart, the towers must have kept apart.
+    """
+    scenes = count // 12
+    photos = sampler.draw(count - 2 * scenes, with_surroundings(side), generator)
+    alone = degrade_each(photos[scenes:], draw_severities(len(photos) - scenes, generator), generator)
     # A blend with the clean image stands for what a half-trained restorer leaves.
-    remains = 0.2 + 0.5 * torch.rand(count, generator=generator)
-    remains = torch.where(torch.rand(count, generator=generator) < 0.15, remains, 1.0)
-    damaged = photos + remains.view(-1, 1, 1, 1) * (samples.degraded - photos)
-    clean, degraded = cut((photos, as_stored(damaged, generator)), side, generator)
-    return Samples(clean, degraded, samples.severity * remains[:, None])
+    remains = 0.2 + 0.5 * torch.rand(len(photos) - scenes, generator=generator)
+    blended = torch.rand(len(remains), generator=generator) < _BLENDED
+    alone = _blend(alone, torch.where(blended, remains, 1.0))
+    samples = [*_triplets(photos[:scenes], generator), alone]
+    severity = torch.cat([part.severity for part in samples])
+    stored = as_stored(torch.cat([part.degraded for part in samples]), generator)
+    (image,) = cut((stored,), side, generator)
+    tiers = tier_shares(severity.amax(dim=1), _TIERS)
+    tiers[: 3 * scenes] = torch.eye(_TIERS).repeat_interleave(scenes, dim=0)
+    captioned = torch.randperm(count, generator=generator)[:_CAPTIONS]
+    captions = write_captions(severity[captioned], generator) + write_quality_captions(generator)
+    return Batch(image, severity, tiers, captioned, tokenize(captions))
+
+
+def _triplets(photos: Tensor, generator: torch.Generator) -> tuple[Samples, Samples, Samples]:
+    """Damage photographs severely and half, by one degradation each or several, and not at all."""
+    count = len(photos)
+    drawn = [one for one in draw_severities(2 * count, generator, low=0.5) if one][:count]
+    low = degrade_each(photos, drawn, generator)
+    milder = [{name: _MILDER * value for name, value in one.items()} for one in drawn]
+    medium = degrade_each(photos, milder, generator)
+    half = _blend(low, torch.full((count,), 0.5))
+    take = torch.rand(count, generator=generator) < 0.5
+    degraded = torch.where(take.view(-1, 1, 1, 1), half.degraded, medium.degraded)
+    severity = torch.where(take[:, None], half.severity, medium.severity)
+    clean = Samples(photos, photos, torch.zeros_like(severity))
+    return low, Samples(photos, degraded, severity), clean
+
+
+def _blend(samples: Samples, remains: Tensor) -> Samples:
+    """Take back part of the damage (B,), and say so in the severity."""
+    left = remains.view(-1, 1, 1, 1) * (samples.degraded - samples.clean)
+    return Samples(samples.clean, samples.clean + left, samples.severity * remains[:, None])
 
 
 def pretrain(
@@ -153,6 +214,8 @@ def pretrain(
     seed: int = 0,
     checkpoint: Path | None = None,
     every: int = 250,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
 ) -> TinyTowers:
     """Train the towers and heads on photographs, (3, H, W) uint8 each.
 
@@ -162,30 +225,31 @@ def pretrain(
         seed: of weights and samples.
         checkpoint: file to go on from after a kill.
         every: steps between two checkpoints.
+        device: where the towers are trained; they come back on the CPU.
+        workers: processes that draw samples; 0 for a thread.
 
     Raises:
         CheckpointError: ``checkpoint`` is of another run.
     """
-    sampler = CropSampler(photos)
+    sampler = CropSampler(photos, dark=DARK_SCENES)
     towers = TinyTowers(seed).train()
-    towers.to(memory_format=torch.channels_last)
+    towers.to(device, memory_format=torch.channels_last)
 
-    def draw(step: int) -> tuple[Samples, torch.Generator]:
-        generator = seeded(seed, step)
+    def draw(step: int) -> Batch:
         side, count = _SIZES[step % len(_SIZES)]
-        return draw_samples(sampler, count, side, generator), generator
+        return draw_batch(sampler, count, side, towers.tokenize, seeded(seed, step))
 
-    with Ahead(draw, schedule.steps) as ahead:
+    with Ahead(draw, schedule.steps, workers) as ahead:
         train(
             {"towers": towers},
-            lambda step: towers.loss(*ahead(step)),
+            lambda step: towers.loss(ahead(step).to(device)),
             schedule,
             settings={"seed": seed, "photographs": photos_digest(sampler)},
             checkpoint=checkpoint,
             every=every,
             title="pretrain",
         )
-    return towers.eval()
+    return towers.cpu().eval()
 
 
 def as_perceiver(
