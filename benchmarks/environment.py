@@ -13,12 +13,13 @@ import perceive_adapter
 __all__ = ["describe", "peak_gib", "processor"]
 
 
-def describe() -> str:
-    """Date, processor, threads and versions, in one line."""
+def describe(device: torch.device | None = None) -> str:
+    """Date, processor, threads and versions, in one line; a GPU by its name."""
+    on_gpu = device is not None and device.type == "cuda"
     return ", ".join(
         (
             datetime.date.today().isoformat(),
-            processor(),
+            torch.cuda.get_device_name(device) if on_gpu else processor(),
             f"{torch.get_num_threads()} threads",
             f"Python {platform.python_version()}",
             f"torch {torch.__version__}",

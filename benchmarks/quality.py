@@ -13,16 +13,15 @@ Rows that name none take over those of another, so they are measured where that 
 Rates are tuned with the NAFNet alone; a Restormer and a SwinIR take them over. `--rates` gives
 rates that were tuned elsewhere.
 Every finished run is kept in out/quality under its settings, weights included, so that the command
-goes on where it was stopped. It does not notice changes of the code: delete the folder after them.
-Several processes may share the work, each with its own `--rows`. Sets of real pairs that DIR lacks
-are left out.
+goes on where it was stopped, and what one machine trained another may measure. It does not notice
+changes of the code: delete the folder after them. Several processes may share the work, each with
+its own `--rows`. Sets of real pairs that DIR lacks are left out.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import time
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -32,7 +31,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from environment import describe
 from restoration_rows.backbones import BACKBONES, load_backbone
-from restoration_rows.images import MIXTURES, TASKS, UNSEEN, damaged, measure, real_pairs, split
+from restoration_rows.images import (
+    MIXTURES,
+    TASKS,
+    UNSEEN,
+    Case,
+    damaged,
+    measure,
+    real_pairs,
+    split,
+)
 from restoration_rows.images import test_photos as load_test_photos
 from restoration_rows.rows import ROWS, Row
 from restoration_rows.tables import report
@@ -41,6 +49,7 @@ from torch import nn
 
 import perceive_adapter
 from perceive_adapter import PerceiveModel, QualityPerceiver
+from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.restoration import CleanPhotos, RestorationData
 from perceive_adapter.data.samples import CropSampler
 from perceive_adapter.training.loop import Schedule
@@ -63,6 +72,7 @@ class Bench:
         others = damaged(photos[::2], (*MIXTURES, *UNSEEN))
         self.test = damaged(photos, TASKS) + others + real_pairs(arguments.data)
         self.perceiver = QualityPerceiver.from_pretrained("perceive-tiny").fingerprint()
+        self.trained_on, self.tested_on = photos_digest(self.photos), images_digest(self.test)
 
     @property
     def tuning(self) -> "Bench":
@@ -80,9 +90,11 @@ class Bench:
         """Measure the backbone untouched."""
         backbone = self.backbone()
         file = self._file({"row": "backbone"})
-        if not file.exists():
-            keep(file, {"trainable": 0, "test": measure(lambda c: backbone(c.degraded), self.test)})
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text()) if file.exists() else {"trainable": 0, "tests": {}}
+        if self.tested_on not in found["tests"]:
+            found["tests"][self.tested_on] = measure(lambda c: backbone(c.degraded), self.test)
+            keep(file, found)
+        return {**found, "test": found["tests"][self.tested_on]}
 
     def rate(self, name: str) -> float:
         """Return the row's learning rate, tuned on the validation photographs."""
@@ -99,9 +111,9 @@ class Bench:
         settings = {"row": name, "seed": seed, "rate": rate, "weights": repr(row.weights)}
         file = self._file(settings)
         if not file.exists():
-            started = time.perf_counter()
             model = self.train(row, seed, rate)
-            found = {**settings, "seconds": round(time.perf_counter() - started)}
+            device = next(model.parameters()).device
+            found = {**settings, "on": describe(device), "tests": {}}
             trained = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
             save_file(trained, file.with_suffix(".safetensors"))
             found["treats"] = treats(model)
@@ -116,19 +128,19 @@ class Bench:
     def tested(self, name: str, seed: int, rate: float) -> dict:
         """Measure a run on the test images, once."""
         found, row = self.run(name, seed, rate), ROWS[name]
-        if "test" not in found:
+        if self.tested_on not in found["tests"]:
             file = self._file({k: found[k] for k in ("row", "seed", "rate", "weights")})
             model = row.make(self.backbone(), self.data(row, seed)).eval()
-            if treats(model) != found.get("treats", treats(model)):
+            if treats(model) != found["treats"]:
                 raise SystemExit(f"{name} treats other degradations now; delete {file}")
             with torch.no_grad():
                 for key, value in load_file(file.with_suffix(".safetensors")).items():
                     model.get_parameter(key).copy_(value)
-            found["test"] = measure(row.restore(model), self.test)
+            found["tests"][self.tested_on] = measure(row.restore(model), self.test)
             keep(file, found)
-            shown = [f"{found['test'][task]:.2f}" for task in TASKS]
+            shown = [f"{found['tests'][self.tested_on][task]:.2f}" for task in TASKS]
             print(f"{name}, seed {seed}, tested: {', '.join(shown)}", flush=True)
-        return found
+        return {**found, "test": found["tests"][self.tested_on]}
 
     def data(self, row: Row, seed: int) -> RestorationData:
         source = CleanPhotos(self.photos, row.tasks)
@@ -153,13 +165,12 @@ class Bench:
         return model
 
     def _file(self, settings: dict) -> Path:
-        """Where a run is kept: by all that decides it."""
+        """Where a run is kept: by all that decides its weights."""
         arguments = self.arguments
-        decides = {**settings, "steps": arguments.steps, "images": arguments.images}
-        decides |= {"perceiver": self.perceiver, "torch": torch.__version__}
-        if arguments.backbone != "nafnet":
-            decides["backbone"] = arguments.backbone
-        decides["damage"] = [f"{case.degraded.mean():.2f}" for case in self.test[::7]]
+        decides = {**settings, "steps": arguments.steps, "backbone": arguments.backbone}
+        decides["photographs"] = self.trained_on
+        if settings["row"] in ROWS and ROWS[settings["row"]].perceives:
+            decides["perceiver"] = self.perceiver
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return KEPT / f"{digest}.json"
 
@@ -168,6 +179,12 @@ def treats(model: nn.Module) -> list[int] | None:
     """What a wrapped model treats."""
     columns = model.injector.config.treats if isinstance(model, PerceiveModel) else None
     return None if columns is None else list(columns)
+
+
+def images_digest(cases: Sequence[Case]) -> str:
+    """Tell sets of images to measure on apart."""
+    told = " ".join(f"{case.group} {case.degraded.mean():.6f}" for case in cases)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def keep(file: Path, found: dict) -> None:
@@ -207,6 +224,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def trained_where(rows: dict[str, list[dict]]) -> list[str]:
+    """Say which runs were trained on which machine."""
+    found: dict[str, list[str]] = {}
+    for name, runs in rows.items():
+        for run in runs:
+            found.setdefault(run["on"], []).append(f"{name} {run['seed']}")
+    return [f"Trained on {on}: {'; '.join(names)}" for on, names in found.items()]
+
+
 def main() -> None:
     arguments = parse_arguments()
     bench = Bench(arguments)
@@ -216,7 +242,7 @@ def main() -> None:
         rate = bench.rate(name)
         rows[name] = [bench.tested(name, seed, rate) for seed in arguments.seeds]
     steps = f"{arguments.backbone}, {arguments.steps} steps, seeds {arguments.seeds}"
-    text = "\n".join([describe(), steps, "", *report(bare, rows), ""])
+    text = "\n".join([describe(), steps, *trained_where(rows), "", *report(bare, rows), ""])
     print(text)
     if arguments.out:
         arguments.out.write_text(text)

@@ -48,6 +48,7 @@ class Row:
     tasks: tuple[str, ...] = TASKS
     ratios: Mapping[str, float] = field(default_factory=dict)
     rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2)
+    perceives: bool = True
 
     def restore(self, model: nn.Module) -> Callable[[Case], Tensor]:
         """Return what restores a case."""
@@ -141,15 +142,15 @@ MIXED = ("gaussian_noise+rain", "haze+low_light")
 ORACLE = wrapped(treat=False, perceiver=False, sources=TOLD, treats=TREATED)
 
 ROWS: dict[str, Row] = {
-    "LoRA": Row(lora, like=None),
-    "everything": Row(everything, like=None, rates=(2e-4, 5e-4, 1e-3, 2e-3)),
+    "LoRA": Row(lora, like=None, perceives=False),
+    "everything": Row(everything, like=None, rates=(2e-4, 5e-4, 1e-3, 2e-3), perceives=False),
     "wrapped": Row(wrapped(), OURS, like=None),
     # What it is steered by
     "works everywhere": Row(wrapped(treat=False), OURS),
-    "oracle": Row(ORACLE, L1, oracle(severity=False)),
-    "oracle with severity": Row(ORACLE, L1, oracle(severity=True)),
+    "oracle": Row(ORACLE, L1, oracle(severity=False), perceives=False),
+    "oracle with severity": Row(ORACLE, L1, oracle(severity=True), perceives=False),
     "zero perception": Row(wrapped(treat=False), L1, nothing),
-    "without the perceiver": Row(wrapped(treat=False, perceiver=False), OURS),
+    "without the perceiver": Row(wrapped(treat=False, perceiver=False), OURS, perceives=False),
     "without compact features": Row(wrapped(compact_dim=0), L1),
     "with semantics": Row(wrapped(semantic="perceive-tiny"), OURS),
     "with shuffled semantics": Row(wrapped(semantic="perceive-tiny"), OURS, shuffled),
@@ -164,7 +165,10 @@ ROWS: dict[str, Row] = {
     "with mixtures": Row(wrapped(), OURS, tasks=(*TASKS, *MIXED), ratios=dict.fromkeys(MIXED, 0.5)),
     # Nothing frozen
     "PromptIR's prompts, everything": Row(
-        lambda backbone, _: Prompted(backbone), like=None, rates=(2e-4, 5e-4, 1e-3, 2e-3)
+        lambda backbone, _: Prompted(backbone),
+        like=None,
+        rates=(2e-4, 5e-4, 1e-3, 2e-3),
+        perceives=False,
     ),
     "wrapped, everything": Row(wrapped(unfreeze=True), OURS, like="everything"),
 }
