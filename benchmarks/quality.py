@@ -111,7 +111,8 @@ class Bench:
         settings = {"row": name, "seed": seed, "rate": rate, "weights": repr(row.weights)}
         file = self._file(settings)
         if not file.exists():
-            model = self.train(row, seed, rate)
+            checkpoint = file.with_suffix(".pt")
+            model = self.train(row, seed, rate, checkpoint)
             device = next(model.parameters()).device
             found = {**settings, "on": describe(device), "tests": {}}
             trained = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
@@ -120,6 +121,7 @@ class Bench:
             found["trainable"] = sum(p.numel() for p in trained.values())
             found["validation"] = measure(row.restore(model.eval()), self.validation)
             keep(file, found)
+            checkpoint.unlink()
             print(
                 f"{name}, seed {seed}, rate {rate:g}: {_mean(found['validation']):.2f}", flush=True
             )
@@ -146,8 +148,8 @@ class Bench:
         source = CleanPhotos(self.photos, row.tasks)
         return RestorationData([source], context=CONTEXT, patch=PATCH, ratios=row.ratios, seed=seed)
 
-    def train(self, row: Row, seed: int, rate: float) -> nn.Module:
-        """Make the row's model and train it."""
+    def train(self, row: Row, seed: int, rate: float, checkpoint: Path) -> nn.Module:
+        """Make the row's model and train it, on from its checkpoint where there is one."""
         data = self.data(row, seed)
         set_seed(seed)
         model = row.make(self.backbone(), data)
@@ -160,6 +162,8 @@ class Bench:
             objective=row.objective(model),
             perceive=row.told(),
             accelerator=Accelerator(cpu=self.arguments.cpu),
+            checkpoint=checkpoint,
+            every=250,
             workers=self.arguments.workers,
         )
         return model

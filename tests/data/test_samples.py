@@ -148,6 +148,15 @@ class TestCropSampler:
         gray = (crops - crops.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-6
         assert gray.float().mean().item() == pytest.approx(0.1, abs=0.06)
 
+    def test_a_share_of_the_crops_becomes_dark_scenes(self, photos: list[Tensor]) -> None:
+        usual = CropSampler(photos).draw(200, 32, seeded())
+        crops = CropSampler(photos, dark=0.25).draw(200, 32, seeded())
+        ratio = crops.mean(dim=(1, 2, 3)) / usual.mean(dim=(1, 2, 3))
+        dark = ratio < 0.999
+        assert dark.float().mean().item() == pytest.approx(0.25, abs=0.08)
+        assert 1 / 8 <= ratio[dark].min() < ratio[dark].max() <= 1 / 2
+        assert torch.equal(crops[~dark], usual[~dark])
+
     def test_no_photographs_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="no photographs"):
             CropSampler([])

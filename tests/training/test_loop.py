@@ -208,6 +208,13 @@ class TestAhead:
             ahead(1)
         assert drawn.empty()
 
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_processes_give_the_same(self, workers: int) -> None:
+        state = torch.get_rng_state()
+        with Ahead(lambda step: torch.full((2,), step), 6, workers) as ahead:
+            assert [int(ahead(step)[0]) for step in (2, 3, 4, 0, 1, 2)] == [2, 3, 4, 0, 1, 2]
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_what_goes_wrong_there_is_raised_here(self) -> None:
         def draw(step: int) -> None:
             raise Killed

@@ -10,30 +10,29 @@ from small import folds, photos
 from torch import Tensor
 
 from perceive_adapter.data import KINDS
-from perceive_adapter.data.samples import (
-    CropSampler,
-    as_file,
-    as_stored,
-    cut,
-    degrade_each,
-    draw_severities,
-    with_surroundings,
-)
+from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
 from perceive_adapter.errors import CheckpointError
+from perceive_adapter.perceiver.vocabulary import WordTokenizer
 from perceive_adapter.training.captions import WORDS
 from perceive_adapter.training.loop import Schedule, seeded, train
 from perceive_adapter.training.pretrain import (
     ARCHITECTURE,
+    Batch,
     TinyTowers,
+    blended,
     contrast,
-    draw_samples,
+    draw_batch,
     pretrain,
 )
 
 
+def drawn(count: int, side: int = 32, step: int = 0, sampler: CropSampler | None = None) -> Batch:
+    tokenize = WordTokenizer(WORDS, 24)
+    return draw_batch(sampler or folds()[0], count, side, tokenize, seeded(0, step))
+
+
 def loss_of(towers: TinyTowers, sampler: CropSampler, step: int) -> Tensor:
-    generator = seeded(0, step)
-    return towers.loss(draw_samples(sampler, 32, 32, generator), generator)
+    return towers.loss(drawn(32, step=step, sampler=sampler))
 
 
 def test_loss_falls() -> None:
@@ -78,41 +77,48 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_samples_are_as_files_hold_them_and_labelled() -> None:
-    samples = draw_samples(folds()[0], 144, 32, seeded(0, 0))
-    assert samples.degraded.shape == (144, 3, 32, 32)
-    assert samples.severity.shape == (144, len(KINDS))
-    levels = samples.degraded * 255
+    batch = drawn(144)
+    assert batch.image.shape == (144, 3, 32, 32)
+    assert batch.severity.shape == (144, len(KINDS))
+    levels = batch.image * 255
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
-    assert 0 <= samples.degraded.min() < samples.degraded.max() <= 1
-    assert 0 <= samples.severity.min() < samples.severity.max() <= 1
-    clean = (samples.severity == 0).all(dim=1)
-    assert clean.sum() == 16
-    changed = (samples.degraded - samples.clean).abs().amax(dim=(1, 2, 3)) * 255
-    rounded = changed[clean] < 0.51
-    assert 6 <= rounded.sum() <= 15  # the others were stored as JPEG
-    assert changed[clean].max() < 60
-    assert changed[~clean].min() > 0.51
+    assert 0 <= batch.image.min() < batch.image.max() <= 1
+    assert 0 <= batch.severity.min() < batch.severity.max() <= 1
+    clean = (batch.severity == 0).all(dim=1)
+    assert clean.sum() == 12 + 12  # of the triplets, and one of nine others
+    torch.testing.assert_close(batch.tiers.sum(dim=1), torch.ones(144))
+    assert batch.tiers[clean, 2].eq(1).all()
+    assert len(batch.captioned) == 48
+    assert batch.captions.shape == (48 + 3, 24)
 
 
-def test_what_is_half_restored_is_labelled_in_proportion() -> None:
-    generator = seeded(0, 0)
-    photos = folds()[0].draw(64, with_surroundings(32), generator)
-    whole = degrade_each(photos, draw_severities(64, generator), generator)
-    for _ in range(2):
-        torch.rand(64, generator=generator)  # how much remains, and of which
-    coded = (as_stored(photos, generator) - as_file(photos)).flatten(1).any(dim=1)
-    clean, degraded = cut((photos, whole.degraded), 32, generator)
-    samples = draw_samples(folds()[0], 64, 32, seeded(0, 0))
-    damaged = whole.severity.any(dim=1)
-    damaged &= ~coded
-    share = (samples.severity.sum(1) / whole.severity.sum(1))[damaged]
-    damage, left = (
-        (one - clean)[damaged].flatten(1).norm(dim=1) for one in (degraded, samples.degraded)
-    )
-    torch.testing.assert_close(left / damage, share, atol=0.05, rtol=0)
-    assert 1 <= (share < 1).sum() <= 20
-    assert share.min() >= 0.2
-    assert share[share < 1].max() <= 0.7 + 1e-6
+def test_one_in_four_belongs_to_a_triplet_of_its_scene() -> None:
+    batch = drawn(144, side=64)
+    low, medium, high = batch.severity[:36].view(3, 12, -1)
+    assert batch.tiers[:36].argmax(dim=1).tolist() == 12 * [0] + 12 * [1] + 12 * [2]
+    assert batch.tiers[:36].amax(dim=1).eq(1).all()
+    assert low.amax(dim=1).min() >= 0.5
+    shares = (medium / low)[low > 0]
+    assert ((shares - 0.4).abs().lt(1e-5) | (shares - 0.5).abs().lt(1e-5)).all()
+    assert (shares < 0.45).any()
+    assert (shares > 0.45).any()
+    assert not high.any()
+
+
+def test_a_blend_is_labelled_in_proportion() -> None:
+    photos = folds()[0].draw(8, 32, seeded(0, 0))
+    whole = degrade_each(photos, draw_severities(8, seeded(0, 1)), seeded(0, 2))
+    remains = torch.linspace(0.2, 1, 8)
+    part = blended(whole, remains)
+    left, damage = ((one.degraded - photos).flatten(1).norm(dim=1) for one in (part, whole))
+    torch.testing.assert_close(left, remains * damage)
+    torch.testing.assert_close(part.severity, remains[:, None] * whole.severity)
+
+
+def test_processes_draw_what_the_thread_draws() -> None:
+    schedule = Schedule(2, 1e-3)
+    one, other = (pretrain(photos(), schedule=schedule, workers=n).state_dict() for n in (0, 2))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_contrast_takes_every_caption_of_equal_content_for_right() -> None:

@@ -38,7 +38,16 @@ from perceive_adapter.training.captions import (
 from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
 from perceive_adapter.training.tiers import tier_shares
 
-__all__ = ["ARCHITECTURE", "SCHEDULE", "TinyTowers", "as_perceiver", "draw_batch", "pretrain"]
+__all__ = [
+    "ARCHITECTURE",
+    "SCHEDULE",
+    "Batch",
+    "TinyTowers",
+    "as_perceiver",
+    "blended",
+    "draw_batch",
+    "pretrain",
+]
 
 _CONTEXT: Final = 24
 ARCHITECTURE: Final[Mapping[str, Any]] = {
@@ -170,11 +179,13 @@ def draw_batch(
     """
     scenes = count // 12
     photos = sampler.draw(count - 2 * scenes, with_surroundings(side), generator)
-    alone = degrade_each(photos[scenes:], draw_severities(len(photos) - scenes, generator), generator)
+    alone = degrade_each(
+        photos[scenes:], draw_severities(len(photos) - scenes, generator), generator
+    )
     # A blend with the clean image stands for what a half-trained restorer leaves.
     remains = 0.2 + 0.5 * torch.rand(len(photos) - scenes, generator=generator)
-    blended = torch.rand(len(remains), generator=generator) < _BLENDED
-    alone = _blend(alone, torch.where(blended, remains, 1.0))
+    half_restored = torch.rand(len(remains), generator=generator) < _BLENDED
+    alone = blended(alone, torch.where(half_restored, remains, 1.0))
     samples = [*_triplets(photos[:scenes], generator), alone]
     severity = torch.cat([part.severity for part in samples])
     stored = as_stored(torch.cat([part.degraded for part in samples]), generator)
@@ -193,7 +204,7 @@ def _triplets(photos: Tensor, generator: torch.Generator) -> tuple[Samples, Samp
     low = degrade_each(photos, drawn, generator)
     milder = [{name: _MILDER * value for name, value in one.items()} for one in drawn]
     medium = degrade_each(photos, milder, generator)
-    half = _blend(low, torch.full((count,), 0.5))
+    half = blended(low, torch.full((count,), 0.5))
     take = torch.rand(count, generator=generator) < 0.5
     degraded = torch.where(take.view(-1, 1, 1, 1), half.degraded, medium.degraded)
     severity = torch.where(take[:, None], half.severity, medium.severity)
@@ -201,7 +212,7 @@ def _triplets(photos: Tensor, generator: torch.Generator) -> tuple[Samples, Samp
     return low, Samples(photos, degraded, severity), clean
 
 
-def _blend(samples: Samples, remains: Tensor) -> Samples:
+def blended(samples: Samples, remains: Tensor) -> Samples:
     """Take back part of the damage (B,), and say so in the severity."""
     left = remains.view(-1, 1, 1, 1) * (samples.degraded - samples.clean)
     return Samples(samples.clean, samples.clean + left, samples.severity * remains[:, None])
