@@ -332,7 +332,7 @@ def _relight(crops: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _darken(crops: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Make a share of the crops dark scenes; all else that a sensor adds in the dark is left out."""
+    """Make a share of the crops dark scenes, without the noise of a sensor that sees too little."""
     chosen, stops = torch.rand(2, len(crops), 1, 1, 1, generator=generator)
     return torch.where(chosen < share, crops * torch.exp2(-1 - 2 * stops), crops)
 
