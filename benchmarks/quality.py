@@ -138,6 +138,7 @@ class Bench:
             with torch.no_grad():
                 for key, value in load_file(file.with_suffix(".safetensors")).items():
                     model.get_parameter(key).copy_(value)
+            model.to(Accelerator(cpu=self.arguments.cpu).device)
             found["tests"][self.tested_on] = measure(row.restore(model), self.test)
             keep(file, found)
             shown = [f"{found['tests'][self.tested_on][task]:.2f}" for task in TASKS]
