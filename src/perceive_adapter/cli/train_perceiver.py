@@ -24,6 +24,7 @@ SUMMARY = "Train a perceiver on clean photographs, and audit it on some that it 
 
 _LARGEST = 1200  # pixels of the longest side of a photograph in training and audit
 _LONGEST = 10**9  # steps
+_DARK = 0.01  # share of the crops that are dark scenes
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -121,7 +122,7 @@ def _add_schedule(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Train, audit and save a perceiver."""
-    from perceive_adapter.data.samples import DARK_SCENES, CropSampler, find_images, load_photos
+    from perceive_adapter.data.samples import CropSampler, find_images, load_photos
     from perceive_adapter.training.runs import audit_elsewhere, claim_folder, split_photos
     from perceive_adapter.training.stage1 import train_perceiver
 
@@ -141,7 +142,7 @@ def run(arguments: Namespace) -> int:
     checkpoints = claim_folder(arguments.out, options_of(arguments, plan, split.digest))
     if plan.pretrain is not None:
         perceiver = _create(arguments, plan, photos, checkpoints)
-    folds = [CropSampler(photos[fold::2], dark=DARK_SCENES) for fold in range(2)]
+    folds = [CropSampler(photos[fold::2], dark=_DARK) for fold in range(2)]
     medium = _medium(arguments, plan, folds, checkpoints)
     train_perceiver(
         perceiver.to(arguments.device),

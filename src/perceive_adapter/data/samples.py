@@ -26,7 +26,6 @@ from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [
-    "DARK_SCENES",
     "IMAGE_SUFFIXES",
     "MARGIN",
     "CropSampler",
@@ -44,8 +43,6 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-DARK_SCENES: Final = 0.04
-"""Share of the crops that a perceiver is trained on that become dark scenes."""
 _OCTAVE: Final = 2**-0.5
 _SMALLEST_SIDE: Final = 160  # pixels, of a photograph that is shrunk to be another scene
 MARGIN: Final = 12  # pixels; half of the widest blur's kernel

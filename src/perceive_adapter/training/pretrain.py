@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from perceive_adapter.data import FAMILIES, FAMILY_OF, KIND_OF, KINDS
 from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.samples import (
-    DARK_SCENES,
     CropSampler,
     Samples,
     as_stored,
@@ -69,6 +68,7 @@ SCHEDULE: Final = Schedule(
 _TIERS: Final = 3
 _RATED: Final = 2.0  # weight of the captions of quality
 _BLENDED: Final = 0.15  # share of the images that are half restored
+_DARK: Final = 0.04  # share of the crops that are dark scenes, more than there are in albums
 _MILDER: Final = 0.4  # of the severity, in the middle of a triplet
 _SIZES: Final = ((64, 128), (96, 64), (128, 40), (64, 128), (192, 20))
 _CAPTIONS: Final = 48  # of a batch; writing and reading one costs more than an image
@@ -242,7 +242,7 @@ def pretrain(
     Raises:
         CheckpointError: ``checkpoint`` is of another run.
     """
-    sampler = CropSampler(photos, dark=DARK_SCENES)
+    sampler = CropSampler(photos, dark=_DARK)
     towers = TinyTowers(seed).train()
     towers.to(device, memory_format=torch.channels_last)
 
