@@ -244,7 +244,7 @@ def pretrain(
     """
     sampler = CropSampler(photos, dark=_DARK)
     towers = TinyTowers(seed).train()
-    towers.to(device, memory_format=torch.channels_last)
+    towers.to(device).to(memory_format=torch.channels_last)
 
     def draw(step: int) -> Batch:
         side, count = _SIZES[step % len(_SIZES)]
