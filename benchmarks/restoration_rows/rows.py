@@ -151,6 +151,13 @@ ROWS: dict[str, Row] = {
     "oracle with severity": Row(ORACLE, L1, oracle(severity=True), perceives=False),
     "zero perception": Row(wrapped(treat=False), L1, nothing),
     "without the perceiver": Row(wrapped(treat=False, perceiver=False), OURS, perceives=False),
+    "without the embedding": Row(
+        wrapped(
+            perceiver="perceive-tiny",
+            sources={"compact": 64, "tiers": 3, **TOLD},
+        ),
+        OURS,
+    ),
     "without compact features": Row(wrapped(compact_dim=0), L1),
     "with semantics": Row(wrapped(semantic="perceive-tiny"), OURS),
     "with shuffled semantics": Row(wrapped(semantic="perceive-tiny"), OURS, shuffled),
