@@ -206,7 +206,7 @@ def test_tier_shares_fall_evenly_from_the_highest_to_the_lowest(tiers: int) -> N
     assert shares[0].tolist() == [0.0] * (tiers - 1) + [1.0]
     assert torch.equal(shares[64:], torch.eye(tiers)[0].expand(37, -1))
     score = shares @ torch.linspace(0, 1, tiers)
-    torch.testing.assert_close(score, (1 - severity / 0.64).clamp(min=0))
+    torch.testing.assert_close(score, (1 - severity / 0.6).clamp(min=0))
 
 
 def test_a_negative_weight_is_refused() -> None:
