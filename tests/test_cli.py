@@ -436,6 +436,7 @@ def test_a_damaged_checkpoint_is_refused(
     ("options", "complaint"),
     [
         ("--clip RN50 --pretrain-steps 3", "Leave it out"),
+        ("--clip RN50 --workers 3", "--workers is for --clip perceive-tiny"),
         ("--medium blend --restorer-steps 9", "--restorer-steps is for --medium restored or mixed"),
         ("--clip perceive-tiny --learning-rate 1e-5", "expected it to fall"),
         ("--clip perceive-tiny --words bad mediocre flawless", "does not know, ['flawless']"),

@@ -39,6 +39,7 @@ class Row:
         rates: that are tried, where it tunes its own.
         tasks: that it is trained on.
         ratios: how often each is drawn, 1 where none is given.
+        perceives: whether the weights of the perceiver decide what becomes of it.
     """
 
     make: Callable[[nn.Module, RestorationData], nn.Module]
@@ -139,6 +140,7 @@ def shuffled(model: PerceiveModel, degraded: Tensor, _: Tensor) -> Perception:
 
 TREATED = tuple(FAMILIES.index(name) for name in ("haze", "rain", "low_light"))
 MIXED = ("gaussian_noise+rain", "haze+low_light")
+WITHOUT_EMBEDDING = {"compact": AdapterConfig.compact_dim, "tiers": 3, **TOLD}
 ORACLE = wrapped(treat=False, perceiver=False, sources=TOLD, treats=TREATED)
 
 ROWS: dict[str, Row] = {
@@ -152,11 +154,7 @@ ROWS: dict[str, Row] = {
     "zero perception": Row(wrapped(treat=False), L1, nothing),
     "without the perceiver": Row(wrapped(treat=False, perceiver=False), OURS, perceives=False),
     "without the embedding": Row(
-        wrapped(
-            perceiver="perceive-tiny",
-            sources={"compact": 64, "tiers": 3, **TOLD},
-        ),
-        OURS,
+        wrapped(perceiver="perceive-tiny", sources=WITHOUT_EMBEDDING), OURS
     ),
     "without compact features": Row(wrapped(compact_dim=0), L1),
     "with semantics": Row(wrapped(semantic="perceive-tiny"), OURS),

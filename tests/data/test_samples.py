@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from perceive_adapter.data import DEGRADATIONS, FAMILIES, KIND_OF, KINDS, mix
+from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.samples import (
     CropSampler,
     as_file,
@@ -156,6 +157,10 @@ class TestCropSampler:
         assert dark.float().mean().item() == pytest.approx(0.25, abs=0.08)
         assert 1 / 8 <= ratio[dark].min() < ratio[dark].max() <= 1 / 2
         assert torch.equal(crops[~dark], usual[~dark])
+
+    def test_what_is_drawn_decides_the_digest(self, photos: list[Tensor]) -> None:
+        digests = {photos_digest(CropSampler(photos, dark=dark)) for dark in (0.0, 0.01, 0.04)}
+        assert len(digests) == 3
 
     def test_no_photographs_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="no photographs"):

@@ -22,6 +22,7 @@ from perceive_adapter.training.pretrain import (
     blended,
     contrast,
     draw_batch,
+    draw_triplets,
     pretrain,
 )
 
@@ -103,6 +104,24 @@ def test_one_in_four_belongs_to_a_triplet_of_its_scene() -> None:
     assert (shares < 0.45).any()
     assert (shares > 0.45).any()
     assert not high.any()
+
+
+def test_the_middle_of_a_triplet_is_labelled_as_it_was_made() -> None:
+    photos = folds()[0].draw(24, 48, seeded(0, 0))
+    low, medium, high = draw_triplets(photos, seeded(0, 1))
+    assert torch.equal(high.degraded, photos)
+    halves = low.degraded.lerp(photos, 0.5)
+    blends = (medium.degraded - halves).abs().amax(dim=(1, 2, 3)) < 1e-6
+    assert 4 <= blends.sum() <= 20
+    torch.testing.assert_close(medium.severity[blends], 0.5 * low.severity[blends])
+    torch.testing.assert_close(medium.severity[~blends], 0.4 * low.severity[~blends])
+
+
+def test_some_images_are_half_restored() -> None:
+    """Severities from 0.05 on become smaller, to a fifth at least."""
+    rest = torch.cat([drawn(144, step=step).severity[36:] for step in range(3)])
+    least = rest.masked_fill(rest == 0, 1).amin(dim=1)
+    assert 0.01 <= least.min() < 0.05
 
 
 def test_a_blend_is_labelled_in_proportion() -> None:

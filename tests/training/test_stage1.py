@@ -204,7 +204,7 @@ def test_tier_shares_fall_evenly_from_the_highest_to_the_lowest(tiers: int) -> N
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(101))
     assert shares.min() >= 0
     assert shares[0].tolist() == [0.0] * (tiers - 1) + [1.0]
-    assert torch.equal(shares[64:], torch.eye(tiers)[0].expand(37, -1))
+    assert torch.equal(shares[61:], torch.eye(tiers)[0].expand(40, -1))
     score = shares @ torch.linspace(0, 1, tiers)
     torch.testing.assert_close(score, (1 - severity / 0.6).clamp(min=0))
 

@@ -69,6 +69,11 @@ def make_plan(arguments: Namespace) -> Plan:
             f"--pretrain-steps is for --clip {TINY_NAME}: {arguments.clip} comes with weights. "
             "Leave it out."
         )
+    if arguments.workers and not tiny:
+        raise ConfigError(
+            f"--workers is for --clip {TINY_NAME}, whose towers are trained: those of "
+            f"{arguments.clip} are not. Leave it out."
+        )
     if arguments.restorer_steps and arguments.medium not in _RESTORED:
         raise ConfigError(
             f"--restorer-steps is for --medium {' or '.join(_RESTORED)}: --medium "

@@ -24,6 +24,7 @@ from perceive_adapter.data.samples import (
     draw_severities,
     with_surroundings,
 )
+from perceive_adapter.data.triplets import Blend, Milder
 from perceive_adapter.perceiver.heads import DegradationHeads
 from perceive_adapter.perceiver.quality import QualityPerceiver
 from perceive_adapter.perceiver.trunk import TRUNK_NAME, StatisticsTrunk, register_trunk
@@ -45,6 +46,7 @@ __all__ = [
     "as_perceiver",
     "blended",
     "draw_batch",
+    "draw_triplets",
     "pretrain",
 ]
 
@@ -69,7 +71,6 @@ _TIERS: Final = 3
 _RATED: Final = 2.0  # weight of the captions of quality
 _BLENDED: Final = 0.15  # share of the images that are half restored
 _DARK: Final = 0.04  # share of the crops that are dark scenes, more than there are in albums
-_MILDER: Final = 0.4  # of the severity, in the middle of a triplet
 _SIZES: Final = ((64, 128), (96, 64), (128, 40), (64, 128), (192, 20))
 _CAPTIONS: Final = 48  # of a batch; writing and reading one costs more than an image
 _LARGEST_SCALE: Final = 30.0
@@ -186,7 +187,7 @@ def draw_batch(
     remains = 0.2 + 0.5 * torch.rand(len(photos) - scenes, generator=generator)
     half_restored = torch.rand(len(remains), generator=generator) < _BLENDED
     alone = blended(alone, torch.where(half_restored, remains, 1.0))
-    samples = [*_triplets(photos[:scenes], generator), alone]
+    samples = [*draw_triplets(photos[:scenes], generator), alone]
     severity = torch.cat([part.severity for part in samples])
     stored = as_stored(torch.cat([part.degraded for part in samples]), generator)
     (image,) = cut((stored,), side, generator)
@@ -197,14 +198,22 @@ def draw_batch(
     return Batch(image, severity, tiers, captioned, tokenize(captions))
 
 
-def _triplets(photos: Tensor, generator: torch.Generator) -> tuple[Samples, Samples, Samples]:
-    """Damage photographs severely and half, by one degradation each or several, and not at all."""
+def draw_triplets(photos: Tensor, generator: torch.Generator) -> tuple[Samples, Samples, Samples]:
+    """Make the three qualities of each photograph: damaged, half of that or milder, and clean.
+
+    Args:
+        photos: (B, 3, H, W) in [0, 1].
+        generator: source of randomness.
+
+    Returns:
+        Low, medium and high, with what is wrong with each.
+    """
     count = len(photos)
     drawn = [one for one in draw_severities(2 * count, generator, low=0.5) if one][:count]
     low = degrade_each(photos, drawn, generator)
-    milder = [{name: _MILDER * value for name, value in one.items()} for one in drawn]
+    milder = [{name: Milder.share * value for name, value in one.items()} for one in drawn]
     medium = degrade_each(photos, milder, generator)
-    half = blended(low, torch.full((count,), 0.5))
+    half = blended(low, torch.full((count,), Blend.remains))
     take = torch.rand(count, generator=generator) < 0.5
     degraded = torch.where(take.view(-1, 1, 1, 1), half.degraded, medium.degraded)
     severity = torch.where(take[:, None], half.severity, medium.severity)
