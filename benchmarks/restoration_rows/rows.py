@@ -140,7 +140,7 @@ def shuffled(model: PerceiveModel, degraded: Tensor, _: Tensor) -> Perception:
 
 TREATED = tuple(FAMILIES.index(name) for name in ("haze", "rain", "low_light"))
 MIXED = ("gaussian_noise+rain", "haze+low_light")
-WITHOUT_EMBEDDING = {"compact": AdapterConfig.compact_dim, "tiers": 3, **TOLD}
+WITH_EMBEDDING = {"compact": AdapterConfig.compact_dim, "tiers": 3, **TOLD, "embedding": 128}
 ORACLE = wrapped(treat=False, perceiver=False, sources=TOLD, treats=TREATED)
 
 ROWS: dict[str, Row] = {
@@ -153,9 +153,7 @@ ROWS: dict[str, Row] = {
     "oracle with severity": Row(ORACLE, L1, oracle(severity=True), perceives=False),
     "zero perception": Row(wrapped(treat=False), L1, nothing),
     "without the perceiver": Row(wrapped(treat=False, perceiver=False), OURS, perceives=False),
-    "without the embedding": Row(
-        wrapped(perceiver="perceive-tiny", sources=WITHOUT_EMBEDDING), OURS
-    ),
+    "with the embedding": Row(wrapped(perceiver="perceive-tiny", sources=WITH_EMBEDDING), OURS),
     "without compact features": Row(wrapped(compact_dim=0), L1),
     "with semantics": Row(wrapped(semantic="perceive-tiny"), OURS),
     "with shuffled semantics": Row(wrapped(semantic="perceive-tiny"), OURS, shuffled),

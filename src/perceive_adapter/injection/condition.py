@@ -15,6 +15,7 @@ __all__ = ["ConditionEncoder", "strength"]
 
 HIDDEN = 64
 WHOLE = 0.2  # severity from which the prompts do all that they can
+SURE = (0.5, 0.9)  # presence up to which a severity does not count, and from which it counts in full
 UNIT_VECTORS = ("compact", "embedding", "semantic")
 
 
@@ -106,23 +107,36 @@ class ConditionEncoder(nn.Module):
         """Return how strongly the prompts work on each image, (B, 1, 1) in [0, 1]."""
         if self.treats is None:
             return like.new_ones(1, 1, 1)
+        treated = list(self.treats)
         assert perception.severity is not None
-        return strength(perception.severity[:, list(self.treats)].to(like))[:, None, None]
+        severity, presence = perception.severity[:, treated].to(like), None
+        if "degradations" in self.sources:
+            assert perception.degradations is not None
+            presence = perception.degradations[:, treated].to(like)
+        return strength(severity, presence)[:, None, None]
 
 
-def strength(severity: Tensor) -> Tensor:
+def strength(severity: Tensor, presence: Tensor | None = None) -> Tensor:
     """Return how strongly prompts work on images with these degradations.
 
-    What is hardly there, or hardly believed to be, is hardly touched; from a severity of 0.2 on it
-    is treated in full, with a smooth step between. Presence would not do: at mild darkness
-    perception is unsure whether there is any, but sure that there is little of it.
+    What is hardly there, or hardly believed to be, is hardly touched; from a severity of 0.2 on,
+    and where presence is told one of 0.9, it is treated in full, with smooth steps between. What
+    is more likely absent than present is left alone.
 
     Args:
         severity: (B, D) in [0, 1], of the degradations that are treated.
+        presence: (B, D) in [0, 1], of the same.
 
     Returns:
         (B,) in [0, 1].
     """
-    together = 1 - (1 - severity.clamp(0, 1)).prod(dim=1)
-    part = (together / WHOLE).clamp(max=1)
-    return part.square() * (3 - 2 * part)
+    severity = severity.clamp(0, 1)
+    if presence is not None:
+        doubtful, sure = SURE
+        severity = severity * _smooth_step((presence - doubtful) / (sure - doubtful))
+    return _smooth_step((1 - (1 - severity).prod(dim=1)) / WHOLE)
+
+
+def _smooth_step(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return x.square() * (3 - 2 * x)

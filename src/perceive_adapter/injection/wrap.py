@@ -221,7 +221,12 @@ def _saved_semantic(
 def _with_sources(
     config: AdapterConfig, perceiver: QualityPerceiver | None, semantic: SemanticGuidance | None
 ) -> AdapterConfig:
-    """Name every source that this model can perceive, where the config names none."""
+    """Name what steers the prompts, where the config does not.
+
+    The perceiver's embedding does where nothing else tells what is wrong with an image. Where
+    presence and severity are told, it adds little on images like those of the training and
+    misleads on others (`benchmarks/quality.py`, row "with the embedding").
+    """
     if config.sources is not None:
         return config
     sources = {"compact": config.compact_dim} if config.compact_dim else {}
@@ -229,7 +234,8 @@ def _with_sources(
         sources["tiers"] = len(perceiver.tiers)
         if kinds := len(perceiver.degradations):
             sources |= {"degradations": kinds, "severity": kinds}
-        sources["embedding"] = perceiver.embedding_dim
+        else:
+            sources["embedding"] = perceiver.embedding_dim
     if semantic is not None:
         sources["semantic"] = semantic.dim
     if not sources:
