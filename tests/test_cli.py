@@ -159,6 +159,46 @@ def test_maps(tmp_path: Path, saved: Path, capsys: Any) -> None:
         assert (tmp_path / name).read_bytes() == before[name]
 
 
+def test_maps_are_not_perceived_again(tmp_path: Path, saved: Path, capsys: Any) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 20), "gray").save(tmp_path / name)
+    given = ["--json", "--map", tmp_path / "maps", "--perceiver", saved]
+    for _ in range(2):
+        assert perceive(tmp_path, *given) == 0
+        assert len(json.loads(capsys.readouterr().out)) == 2
+    assert len(list((tmp_path / "maps").iterdir())) == 2
+    assert perceive(tmp_path / "maps", *given) == 0  # they are what is asked for
+    assert len(json.loads(capsys.readouterr().out)) == 2
+
+
+def test_a_map_that_cannot_be_written(tmp_path: Path, saved: Path, capsys: Any) -> None:
+    long = f"{'q' * 246}.png"  # the map's name has a few characters more
+    for name in (long, "z.png"):
+        Image.new("RGB", (20, 20), "gray").save(tmp_path / name)
+    maps = tmp_path / "maps"
+    assert perceive(tmp_path, "--json", "--map", maps, "--perceiver", saved) == 1
+    captured = capsys.readouterr()
+    assert "cannot be written: " in captured.err
+    records = {Path(record["file"]).name: record for record in json.loads(captured.out)}
+    assert "map" not in records[long]
+    assert Path(records["z.png"]["map"]).is_file()
+
+
+def test_links_that_lead_nowhere(tmp_path: Path, saved: Path, capsys: Any) -> None:
+    Image.new("RGB", (20, 20), "gray").save(tmp_path / "a.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    paths = [tmp_path / "loop.png", tmp_path / "a.png"]
+    assert perceive(*paths, "--map", tmp_path / "maps", "--perceiver", saved) == 1
+    assert "skipped" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_perceived(tmp_path: Path, saved: Path) -> None:
+    Image.new("CMYK", (20, 20)).save(tmp_path / "cmyk.jpg")
+    (tmp_path / "empty").mkdir()
+    for given in (tmp_path / "cmyk.jpg", tmp_path / "none.png", tmp_path / "empty"):
+        assert perceive(given, "--perceiver", saved) == 2
+
+
 def test_a_map_shows_where_the_quality_is_low(tmp_path: Path) -> None:
     from perceive_adapter.cli.perceive import _draw
 

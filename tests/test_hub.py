@@ -190,6 +190,20 @@ def test_trouble(kind: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch, wha
         kind.load("user/other")
 
 
+def test_a_cache_that_nobody_may_write_to(
+    kind: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads(kind, expected := push(kind))
+    trouble(hub, monkeypatch, "hang up")
+
+    def refuse(path: Path, text: str) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.warns(UserWarning, match="copy downloaded before"):
+        assert torch.equal(kind.load(REPO), expected)
+
+
 def test_damaged_download_is_not_kept(
     kind: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,14 @@
 """Images of any kind to planes, and back to the same kind."""
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from perceive_adapter.data.images import read_image
 from perceive_adapter.errors import ImageError
@@ -114,3 +115,14 @@ def test_damaged_and_enormous_files_are_refused(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match="decompression bomb"):
         read_image(file)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot write AVIF")
+def test_a_damaged_avif_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "image.jpg"  # Pillow goes by the contents
+    Image.fromarray(PIXELS).save(file, "AVIF")
+    whole = file.read_bytes()
+    for at in range(0, len(whole), 7):  # some of these make the decoder raise a RuntimeError
+        file.write_bytes(whole[:at] + bytes(32) + whole[at + 32 :])
+        with suppress(ImageError):
+            read_image(file)

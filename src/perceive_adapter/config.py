@@ -32,16 +32,18 @@ class AdapterConfig:
         rank: rank of the low-rank branches; None takes the highest that fits the budget.
         max_rank: what ``rank=None`` stops at.
         sources: fields of a :class:`~perceive_adapter.Perception` that steer the prompts, each
-            with its width. None: the compact features, and whatever the perceiver offers.
+            with its width. None: the compact features, and the perceiver's tiers, presence and
+            severity; its embedding where it tells no degradations.
         compact_dim: width of the compact features where ``sources`` is None; 0 for none.
         condition_dim: width of the condition that the prompt modules see.
         attention_dim: inner width of cross-attention, shared by its heads.
         attention_heads: heads of cross-attention.
         semantic: name of a timm image model whose class tokens tell what is in the image, or None.
         semantic_weights: weight file for ``semantic``; None takes timm's pretrained weights.
-        treats: columns of the perception's ``severity`` that the adapter is for: on an image in
-            which none of them is perceived the backbone is left alone. None: it works on every
-            image. See :meth:`~perceive_adapter.PerceiveModel.treat`, which takes their names.
+        treats: columns of the perception's ``severity`` and ``degradations`` that the adapter is
+            for: on an image in which none of them is perceived the backbone is left alone. None: it
+            works on every image. See :meth:`~perceive_adapter.PerceiveModel.treat`, which takes
+            their names.
         budget: most trainable parameters; None is 3 % of the backbone, at least 120 000, and does
             not bind where a rank is named.
 

@@ -7,6 +7,7 @@ here too. huggingface_hub is imported only when it is needed.
 import os
 import re
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -206,8 +207,9 @@ def _update(cached: Path, revision: str | None, download: "partial[Path]") -> Pa
     try:
         return download()
     except BaseException as error:  # an interrupted download, too, leaves the branch without files
-        if reference.is_file():
-            reference.write_text(cached.name)
+        with suppress(OSError):  # in a cache that nobody may write to, nothing has moved it
+            if reference.is_file():
+                reference.write_text(cached.name)
         if not isinstance(error, CheckpointError):
             raise
         warnings.warn(f"the copy downloaded before, {cached.name}, is used: {error}", stacklevel=4)

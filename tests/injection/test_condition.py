@@ -185,6 +185,25 @@ def test_the_strength_follows_the_severity_up_to_a_fifth() -> None:
     assert strength(severity).tolist() == pytest.approx(together, abs=0.01)
 
 
+def test_what_is_more_likely_absent_than_present_adds_no_strength() -> None:
+    severity = torch.tensor([[0.2, 0.0]]).expand(5, -1)
+    presence = torch.tensor([[0.9, 0.0], [1.0, 0.0], [0.7, 0.0], [0.5, 0.9], [0.0, 1.0]])
+    assert strength(severity, presence).tolist() == pytest.approx([1, 1, 0.5, 0, 0], abs=1e-6)
+
+
+def test_a_severity_that_is_not_believed_leaves_the_backbone_alone() -> None:
+    sources = {"degradations": 2, "severity": 2}
+    model = wrapped("u_shape", config=AdapterConfig(sources=sources, treats=(1,)))
+    severe, bare = torch.ones(1, 2), CASES["u_shape"].net()(IMAGE)
+
+    def told(*presence: float) -> torch.Tensor:
+        perception = Perception(degradations=torch.tensor([presence]), severity=severe)
+        return model(IMAGE, perception=perception)
+
+    assert torch.equal(told(1, 0.4), bare)
+    assert relative(told(1, 1), bare) > 1e-3
+
+
 def test_the_strength_is_each_image_s_own() -> None:
     model, batch = _steered(treats=(1,)), IMAGE.expand(2, -1, -1, -1)
     both = model(batch, perception=_severe([1, 0, 0], [1, 1, 0]))
@@ -198,6 +217,10 @@ def test_treats_needs_columns_that_are_there() -> None:
             AdapterConfig(treats=columns)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"have 3"):
         _steered(treats=(3,))
+    with pytest.raises(ConfigError, match=r"have 2"):
+        wrapped(
+            "u_shape", config=AdapterConfig(sources={"degradations": 2, "severity": 3}, treats=(2,))
+        )
     with pytest.raises(ConfigError, match=r"have 0"):
         wrapped("u_shape", config=AdapterConfig(treats=(0,)))
 

@@ -28,7 +28,7 @@ def model() -> PerceiveModel:
     return model
 
 
-def test_prompts_are_steered_by_all_that_is_perceived(
+def test_prompts_are_steered_by_what_is_told_of_the_damage(
     model: PerceiveModel, perceiver: QualityPerceiver
 ) -> None:
     kinds = len(perceiver.degradations)
@@ -37,7 +37,6 @@ def test_prompts_are_steered_by_all_that_is_perceived(
         "tiers": 3,
         "degradations": kinds,
         "severity": kinds,
-        "embedding": perceiver.embedding_dim,
     }
     assert model.status().trainable <= 120_000
     expected, actual = perceiver(IMAGE), model.perceive(IMAGE)
@@ -49,7 +48,7 @@ def test_what_is_perceived_changes_the_output(model: PerceiveModel) -> None:
     perception = model.perceive(IMAGE).known()
     output = model(IMAGE)
     assert torch.equal(model(IMAGE, perception=Perception(**perception)), output)
-    for name in ("tiers", "degradations", "severity", "embedding"):
+    for name in ("tiers", "degradations", "severity"):
         other = Perception(**{**perception, name: perception[name].flip(1)})
         assert not torch.equal(model(IMAGE, perception=other), output)
 

@@ -368,6 +368,12 @@ def test_bad_tier_index(perceiver: QualityPerceiver, tier: torch.Tensor) -> None
         perceiver.tier_loss(IMAGES, tier)
 
 
+@pytest.mark.parametrize("index", [-100, -1, 3])
+def test_an_index_of_no_tier(perceiver: QualityPerceiver, index: int) -> None:
+    with pytest.raises(LossInputError, match=f"from 0 to {index}|from {index} to 0"):
+        perceiver.tier_loss(IMAGES, torch.tensor([0, index, 0]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -375,6 +381,7 @@ def test_bad_tier_index(perceiver: QualityPerceiver, tier: torch.Tensor) -> None
         ({"tiers": ("low", "low")}, "at least two different names"),
         ({"tiers": ("low", "fine")}, r"\['fine'\] have no default word"),
         ({"words": ("bad", "good")}, "one word for each tier"),
+        ({"degradations": "noise"}, r"degradations='noise': expected several names"),
         ({"words": ("bad", "so-so", "good")}, r"\['so-so'\] are not single tokens"),
         ({"context_length": 0}, "context_length=0"),
         ({"context_length": 76}, "at most 75"),

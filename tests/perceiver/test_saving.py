@@ -1,9 +1,11 @@
 """Saved perceivers: exact round trips, and every way in which a folder can be wrong."""
 
+import copy
 import json
 import os
 import warnings
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import open_clip
@@ -165,6 +167,10 @@ def test_card_tells_the_truth(tmp_path: Path, named_clip: dict[str, int]) -> Non
         ({"clip": {**VIT, "embed_dim": "24"}}, "cannot build"),
         ({"clip": {**VIT, "text_cfg": {"width": [16]}}}, "cannot build"),
         ({"clip": {**VIT, "text_cfg": 3}}, "expected embed_dim, vision_cfg and text_cfg"),
+        *(
+            ({"clip": {**VIT, "vision_cfg": {"image_size": size}}}, "image_size=.*pixels of a side")
+            for size in (None, "x", [], [1], -1, 0, True, [32, 0])
+        ),
         ({"pretrained": "openai"}, "has no tags"),
         ({"pretrained": "openai", "clip": "ViT-B-32"}, "QuickGELU"),
         ({"pretrained": 1}, "pretrained: expected"),
@@ -185,6 +191,8 @@ def test_hostile_config(config: dict[str, Any], message: str, tmp_path: Path) ->
         ({"prompts.context": torch.zeros(3, 4, 16).int()}, "does not fit"),
         ({"prompts.context": torch.zeros(3, 4, 16).half()}, None),
         ({"prompts.context": torch.full((3, 4, 16), float("nan"))}, "NaN or infinite"),
+        ({"towers.text.norm.bias": torch.full((16,), float("inf"))}, "NaN or infinite"),
+        ({"heads.severity.bias": torch.full((2,), float("nan"))}, "severity.bias has NaN"),
         ({"prompts.more": torch.zeros(1)}, "Unexpected key"),
         ({"towers.text.norm.weight": None}, "Missing key"),
         ({"towers.text.norm.weight": torch.ones(16).half()}, "expected one floating point dtype"),
@@ -196,7 +204,7 @@ def test_hostile_config(config: dict[str, Any], message: str, tmp_path: Path) ->
     ],
 )
 def test_hostile_tensors(tensors: dict[str, Any], message: str | None, tmp_path: Path) -> None:
-    folder = tiny().save_pretrained(tmp_path)
+    folder = tiny(degradations=("haze", "rain")).save_pretrained(tmp_path)
     edit(folder, {}, tensors)
     if message is None:
         QualityPerceiver.from_pretrained(folder)
@@ -235,7 +243,39 @@ def test_fingerprint_tells_what_decides_a_score() -> None:
     other_tower = trained()
     other_tower.towers.text.positions[0, 0] += 1e-6
     others = [moved, other_tower, trained(views=2), trained(seed=1), trained().half()]
-    assert len({base, *(other.fingerprint() for other in others)}) == 6
+    others.append(trained(clip={**VIT, "quick_gelu": not VIT["quick_gelu"]}))  # the same weights
+    assert len({base, *(other.fingerprint() for other in others)}) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    perceiver = trained()
+    try:
+        torch.set_default_dtype(dtype)
+        QualityPerceiver.from_pretrained("perceive-tiny")
+        perceiver.save_pretrained(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert QualityPerceiver.from_pretrained(tmp_path).fingerprint() == perceiver.fingerprint()
+
+
+def test_the_architecture_is_its_own_copy(tmp_path: Path) -> None:
+    clip = copy.deepcopy(VIT)
+    perceiver = trained(clip=MappingProxyType(clip))
+    clip["vision_cfg"]["patch_size"] = 8
+    saved = perceiver.save_pretrained(tmp_path)
+    assert torch.equal(
+        QualityPerceiver.from_pretrained(saved)(IMAGES).score, perceiver(IMAGES).score
+    )
+
+
+def test_a_bundled_name_means_what_came_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained().save_pretrained(tmp_path / "perceive-tiny")
+    monkeypatch.chdir(tmp_path)
+    own = QualityPerceiver.from_pretrained("./perceive-tiny")
+    assert own.embedding_dim != QualityPerceiver.from_pretrained("perceive-tiny").embedding_dim
 
 
 def test_real_architecture(tmp_path: Path) -> None:

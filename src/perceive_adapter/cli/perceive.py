@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +34,8 @@ _REMEDY = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     parser.epilog = (
-        "Exit code: 0 all images were perceived; 1 some could not be read, the others were "
-        "perceived; 2 nothing could be done."
+        "Exit code: 0 all images were perceived; 1 some could not be read, or their maps not be "
+        "written, the others were perceived; 2 nothing could be done."
     )
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", type=Path, help="image, or folder to search for images")
@@ -69,12 +71,12 @@ def run(arguments: Namespace) -> int:
     perceiver = QualityPerceiver.from_pretrained(
         arguments.perceiver, revision=arguments.revision
     ).to(arguments.device)
-    files, failed = _find(arguments.paths)
+    files, failed = _find(arguments.paths, arguments.map)
     maps = [None] * len(files) if arguments.map is None else _map_files(files, arguments.map)
     width = max((len(_shown(file)) for file in files), default=4)
     if not arguments.json:
         print(f"{'file':{width}}  score  {'tier':8}  degradations and their severity")
-    records = []
+    records, count = [], 0
     for file, drawn in zip(files, maps, strict=True):
         try:
             record = _perceive(perceiver, file, drawn)
@@ -82,13 +84,15 @@ def run(arguments: Namespace) -> int:
             failed = True
             _complain(f"skipped {_shown(file)}: {error}. {_REMEDY}")
             continue
+        count += 1
+        failed |= drawn is not None and "map" not in record
         if arguments.json:
             records.append(record)
         else:
             print(f"{_shown(file):{width}}  {_row(record)}", flush=True)
     if arguments.json:
         print(json.dumps(records, indent=2, allow_nan=False))
-    return int(failed)
+    return int(failed) if count else 2
 
 
 def _check_revision(arguments: Namespace) -> None:
@@ -101,8 +105,8 @@ def _check_revision(arguments: Namespace) -> None:
         )
 
 
-def _find(paths: Sequence[Path]) -> tuple[list[Path], bool]:
-    """Search the folders among the paths, and tell whether one holds no image."""
+def _find(paths: Sequence[Path], maps: Path | None) -> tuple[list[Path], bool]:
+    """Search the folders among the paths, but for one of maps, and tell whether one is empty."""
     from perceive_adapter.data.samples import IMAGE_SUFFIXES, find_images
 
     files, failed = [], False
@@ -111,33 +115,45 @@ def _find(paths: Sequence[Path]) -> tuple[list[Path], bool]:
             files.append(path)
             continue
         try:
-            files += find_images(path)
+            found = find_images(path)
         except ConfigError:
             failed = True
             _complain(
                 f"skipped the folder {_shown(path)}: it holds no image, at any depth. Give a "
                 f"folder of files that end in {', '.join(IMAGE_SUFFIXES)}."
             )
+            continue
+        if maps is not None and (folder := _place(maps)) != _place(path):
+            found = [file for file in found if not _place(file).startswith(f"{folder}{os.sep}")]
+        files += found
     return files, failed
 
 
 def _map_files(files: Sequence[Path], folder: Path) -> list[Path]:
     """Name a PNG for each file: no two alike, and none of them an image that is perceived."""
     folder.mkdir(parents=True, exist_ok=True)
-    taken = {str(file.resolve()).lower() for file in files}
+    taken = {_place(file) for file in files}
+    counts: Counter[str] = Counter()
     named = []
     for file in files:
-        target, count = folder / f"{file.stem}-quality.png", 1
-        while str(target.resolve()).lower() in taken:
-            count += 1
-            target = folder / f"{file.stem}-quality-{count}.png"
-        taken.add(str(target.resolve()).lower())
+        while True:
+            counts[file.stem.lower()] += 1
+            count = counts[file.stem.lower()]
+            target = folder / f"{file.stem}-quality{f'-{count}' if count > 1 else ''}.png"
+            if _place(target) not in taken:
+                break
+        taken.add(_place(target))
         named.append(target)
     return named
 
 
+def _place(file: Path) -> str:
+    """Where a file lies, alike for names that some file systems take for the same."""
+    return os.path.realpath(file).lower()
+
+
 def _perceive(perceiver: QualityPerceiver, file: Path, drawn: Path | None) -> dict[str, Any]:
-    """Perceive one file, draw its map, and return all that was found."""
+    """Perceive one file, draw its map where that can be written, and return all that was found."""
     import torch
 
     from perceive_adapter.data.images import read_image
@@ -158,8 +174,11 @@ def _perceive(perceiver: QualityPerceiver, file: Path, drawn: Path | None) -> di
         "embedding": perceived.embedding[0].tolist(),
     }
     if drawn is not None:
-        _draw(pixels[0], perceiver.quality_map(image)[0], drawn)
-        record["map"] = str(drawn)
+        try:
+            _draw(pixels[0], perceiver.quality_map(image)[0], drawn)
+            record["map"] = str(drawn)
+        except OSError as error:
+            _complain(f"the map of {_shown(file)} cannot be written: {error}")
     return record
 
 

@@ -81,7 +81,10 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise ImageError(f"there is no image file {name!r}; check the path") from None
-    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+    except (
+        *(OSError, ValueError, SyntaxError, PILImage.DecompressionBombError),
+        *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
+    ) as error:
         raise ImageError(f"{name!r} cannot be read as an image: {error}") from error
 
 

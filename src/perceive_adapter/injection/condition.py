@@ -15,7 +15,7 @@ __all__ = ["ConditionEncoder", "strength"]
 
 HIDDEN = 64
 WHOLE = 0.2  # severity from which the prompts do all that they can
-SURE = (0.5, 0.9)  # presence up to which a severity does not count, and from which it counts in full
+SURE = (0.5, 0.9)  # presence up to which a severity is nothing, and from which it counts in full
 UNIT_VECTORS = ("compact", "embedding", "semantic")
 
 
@@ -27,8 +27,8 @@ class ConditionEncoder(nn.Module):
     vectors there is one depth. The compact features are trained here, with the adapter.
 
     What leaves is ``strength * [c, 1]``. The strength is 1, or, where ``config.treats`` names
-    degradations, grows with the severity that is perceived of them: where there is none, no prompt
-    does anything.
+    degradations, grows with the severity that is perceived of them, as far as they are likelier
+    present than absent where presence steers too. Where there are none, no prompt does anything.
 
     Args:
         config: with ``sources`` set, or none for the compact features alone.
@@ -64,16 +64,18 @@ class ConditionEncoder(nn.Module):
         )
 
     def treat(self, columns: tuple[int, ...] | None) -> None:
-        """Set which columns of ``perception.severity`` make the strength; None: it is 1.
+        """Set which degradations make the strength, by their columns; None: it is 1.
 
         Raises:
             ConfigError: a column is not there.
         """
         width = self.sources.get("severity", 0)
+        width = min(width, self.sources.get("degradations", width))
         if columns is not None and max(columns) >= width:
             raise ConfigError(
-                f"treats={columns} names columns of perception.severity, of which this "
-                f"adapter's sources have {width}: expected columns that are there"
+                f"treats={columns} names columns of perception.severity and "
+                f"perception.degradations, of which this adapter's sources have {width}: expected "
+                "columns that are there"
             )
         self.treats = columns
 

@@ -223,7 +223,7 @@ def _with_sources(
 ) -> AdapterConfig:
     """Name what steers the prompts, where the config does not.
 
-    The perceiver's embedding does where nothing else tells what is wrong with an image. Where
+    The perceiver's embedding is named where nothing else tells what is wrong with an image. Where
     presence and severity are told, it adds little on images like those of the training and
     misleads on others (`benchmarks/quality.py`, row "with the embedding").
     """

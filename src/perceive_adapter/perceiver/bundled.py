@@ -12,7 +12,6 @@ TENSORS_NAME = "perceiver_model.safetensors"
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Return the folder of a bundled perceiver; a folder of the same name comes first."""
-    if isinstance(name_or_path, str) and name_or_path in BUNDLED:
-        return name_or_path if Path(name_or_path).is_dir() else ASSETS / name_or_path
-    return name_or_path
+    """Return the folder of a bundled perceiver, even where one of that name lies here too."""
+    bundled = isinstance(name_or_path, str) and name_or_path in BUNDLED
+    return ASSETS / name_or_path if bundled else name_or_path

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from perceive_adapter.errors import ConfigError
 
@@ -75,6 +75,7 @@ class PerceiverConfig:
             _check_name(self.clip, "clip")
         else:
             _check_values(self.clip, "clip")
+            object.__setattr__(self, "clip", _copied(self.clip))
         if self.pretrained is not None:
             _check_name(self.pretrained, "pretrained")
 
@@ -93,6 +94,10 @@ def _check_values(values: Mapping[str, object], where: str) -> None:
     """Refuse sizes that no CLIP has, before anything is allocated for them."""
     for name, value in values.items():
         limit = _LIMITS.get(name, _LIMIT)
+        if name == "image_size" and not _are_sides(value):
+            raise ConfigError(
+                f"{where}.{name}={value!r}: expected the pixels of a side, or of both."
+            )
         if isinstance(value, Mapping):
             _check_values(value, f"{where}.{name}")
             continue
@@ -103,3 +108,16 @@ def _check_values(values: Mapping[str, object], where: str) -> None:
                 raise ConfigError(
                     f"{where}.{name}={number}: expected at most {limit}. Check the architecture."
                 )
+
+
+def _are_sides(value: object) -> bool:
+    sides = tuple(value) if isinstance(value, tuple | list) and len(value) == 2 else (value,)
+    return all(type(side) is int and side > 0 for side in sides)
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain dicts all the way down, which nobody else holds."""
+    return {
+        name: _copied(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceive_adapter.data.views import native_views, turned_views
-from perceive_adapter.errors import LossInputError, UntrainedPerceiverWarning
+from perceive_adapter.errors import ConfigError, LossInputError, UntrainedPerceiverWarning
 from perceive_adapter.perceiver import official, saving
 from perceive_adapter.perceiver.checks import check_finite, check_image
 from perceive_adapter.perceiver.config import Architecture, PerceiverConfig
@@ -123,6 +123,10 @@ class QualityPerceiver(nn.Module):
             CheckpointError: the weights cannot be downloaded or read.
         """
         own_weights = pretrained is None or os.path.isfile(pretrained)
+        several = {"tiers": tiers, "words": words, "degradations": degradations}
+        for name, given in (several | {"vocabulary": vocabulary}).items():
+            if isinstance(given, str):
+                raise ConfigError(f"{name}={given!r}: expected several names, as [{given!r}, ...]")
         config = PerceiverConfig(
             clip=clip,
             pretrained=None if own_weights else str(pretrained),
@@ -340,12 +344,18 @@ class QualityPerceiver(nn.Module):
 
         Raises:
             ImageError: the image has another shape or dtype.
-            LossInputError: ``tier`` does not have one index for each image.
+            LossInputError: ``tier`` does not have one index for each image, or, on a CPU, one that
+                names no tier.
         """
         if tier.shape != image.shape[:1] or tier.dtype != torch.int64:
             raise LossInputError(
                 f"tier has shape {tuple(tier.shape)} and dtype {tier.dtype} for images of shape "
                 f"{tuple(image.shape)}: expected one int64 index into {self.tiers} for each image."
+            )
+        if tier.device.type == "cpu" and not ((tier >= 0) & (tier < len(self.tiers))).all():
+            raise LossInputError(
+                f"tier has values from {tier.min()} to {tier.max()}: expected indices into "
+                f"{self.tiers}, from 0 to {len(self.tiers) - 1}."
             )
         return F.cross_entropy(self.logits(image), tier)
 

@@ -177,6 +177,7 @@ def fingerprint(perceiver: "QualityPerceiver") -> str:
     """Hash what decides a perceiver's score."""
     digest = hashlib.sha256()
     settings = {
+        "clip": to_dict(perceiver.config)["clip"],
         "tiers": perceiver.tiers,
         "degradations": perceiver.degradations,
         "views": perceiver.config.views,
@@ -204,10 +205,8 @@ def _build_parts(
     prompts.load_state_dict(_take("prompts", tensors), assign=True)
     if not own_weights:
         towers.to(prompts.context.dtype)
-    _check_dtypes(prompts)
-    if not prompts.context.isfinite().all():
-        raise ConfigError("its prompts have NaN or infinite values: expected finite ones.")
-    _check_dtypes(towers)
+    for module in (prompts, towers):
+        _check_weights(module)
     return towers, prompts
 
 
@@ -224,7 +223,7 @@ def _saved_heads(
     with torch.device("meta"):
         heads = DegradationHeads(embedding_dim, config.degradations)
     heads.load_state_dict(_take("heads", tensors), assign=True)
-    _check_dtypes(heads)
+    _check_weights(heads)
     return heads
 
 
@@ -246,8 +245,10 @@ def _probe(perceiver: "QualityPerceiver") -> Tensor:
     """Embed a fixed image with smooth, sharp and coloured parts, to (E,)."""
     height, width = perceiver.towers.image_size
     device = perceiver.prompts.context.device
-    y = torch.linspace(0, 1, height, device=device).reshape(-1, 1).expand(height, width)
-    x = torch.linspace(0, 1, width, device=device).expand(height, width)
+    down, along = (
+        torch.linspace(0, 1, side, device=device, dtype=torch.float32) for side in (height, width)
+    )
+    y, x = down.reshape(-1, 1).expand(height, width), along.expand(height, width)
     image = torch.stack([x, y, ((8 * x).floor() + (8 * y).floor()) % 2]).unsqueeze(0)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         return perceiver.embed(image)[0]
@@ -263,11 +264,14 @@ def _take(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}."): tensors.pop(name) for name in names}
 
 
-def _check_dtypes(module: nn.Module) -> None:
+def _check_weights(module: nn.Module) -> None:
     dtypes = {parameter.dtype for parameter in module.parameters()}
     if len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes):
         names = ", ".join(sorted(map(str, dtypes)))
         raise ConfigError(f"its weights have dtypes {names}: expected one floating point dtype.")
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            raise ConfigError(f"its {name} has NaN or infinite values: expected finite ones.")
 
 
 def _card(perceiver: "QualityPerceiver", figures: Mapping[str, float | str] | None) -> str:

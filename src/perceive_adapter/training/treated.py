@@ -53,7 +53,8 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
         if task.gain.mean() >= _OWN and not (families & ~own).any():
             continue
         left = task.error * (task.gain < _OWN)
-        if strength(task.severity[:, treated], task.present[:, treated]) @ left < _COVERED * left.sum():
+        covered = strength(task.severity[:, treated], task.present[:, treated])
+        if covered @ left < _COVERED * left.sum():
             return ()
     return tuple(name for name, chosen in zip(names, treated.tolist(), strict=True) if chosen)
 
