@@ -591,6 +591,23 @@ def build():
     return Net()
 
 
+def twice():
+    return nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2))
+
+
+def gray():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1))
+
+
+def eighths():
+    inside = [nn.PixelUnshuffle(8), nn.Conv2d(192, 192, 3, padding=1), nn.PixelShuffle(8)]
+    return nn.Sequential(*inside)
+
+
+def asks(path):
+    return Net()
+
+
 nothing = 3
 """
 
@@ -708,6 +725,110 @@ def test_finetune_goes_on_where_it_was_killed(
     assert main([*killed, "--steps", "7"]) == 2  # another run's folder
 
 
+def test_another_adapter_or_restorer_makes_another_run(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever its name: what it holds counts."""
+    usual = ["finetune", "--backbone", network, "--data", str(photos), *SHORT]
+    first, out = tmp_path / "first", tmp_path / "out"
+    assert main([*usual, "--treat", "rain", "--out", str(first)]) == 0
+    further = [*usual, "--adapter", str(first), "--out", str(out)]
+    assert main(further) == 0
+    shutil.copytree(first, tmp_path / "same")
+    assert main([*further, "--adapter", str(tmp_path / "same")]) == 0
+    config = json.loads((first / "adapter_config.json").read_text())
+    config["config"]["treats"] = [0, 3]
+    (first / "adapter_config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(further) == 2
+    assert "belongs to a run with {'adapter': " in capsys.readouterr().err
+
+    medium = [*usual, "--difficulty-adaptive", "0.1", "--mediums", "mine:other", "--out"]
+    code = Path("mine.py")
+    code.write_text(code.read_text() + "\n\ndef other():\n    return nn.Conv2d(3, 3, 1)\n")
+    del sys.modules["mine"]
+    torch.manual_seed(0)
+    assert main([*medium, str(tmp_path / "medium")]) == 0
+    code.write_text(code.read_text().replace("Conv2d(3, 3, 1)", "Conv2d(3, 3, 3, padding=1)"))
+    del sys.modules["mine"]
+    assert main([*medium, str(tmp_path / "medium")]) == 2
+    assert "belongs to a run with {'mediums': " in capsys.readouterr().err
+
+
+def test_large_photographs_are_measured_as_they_are_trained_on(tmp_path: Path) -> None:
+    for index in range(9):
+        Image.new("RGB", (2600, 40), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    found = find_data([tmp_path], "raise")
+    sides = {case.load()[0].shape[-1] for case in found.held_cases(["rain"])}
+    assert sides == {photo.shape[-1] for photo in found.photos} == {1200}
+
+
+def test_names_that_are_no_text_lose_no_figures(network: str, photos: Path, tmp_path: Path) -> None:
+    dark = dark_pairs(tmp_path / os.fsdecode(b"sets/nuit_\xe9"), photos)
+    for side in ("input", "gt"):
+        (dark / side / "0.png").rename(dark / side / os.fsdecode(b"caf\xe9.png"))
+    out, report = tmp_path / "out", tmp_path / "report"
+    told = ["--backbone", network, "--data", str(tmp_path / "sets")]
+
+    def run(*command: str) -> None:
+        subprocess.run([sys.executable, "-m", "perceive_adapter", *command, *told], check=True)
+
+    run("finetune", "--out", str(out), *SHORT)
+    assert r"nuit_\udce9, wrapped: PSNR" in (out / "README.md").read_text()
+    run("evaluate", "--device", "cpu", "--out", str(report))
+    assert r"caf\udce9.png" in (report / "images.csv").read_text()
+    assert (report / "images.png").is_file()
+
+
+def test_evaluate_leaves_out_what_is_broken_if_asked(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dark = dark_pairs(tmp_path / "dark", photos)
+    (dark / "gt" / "0.png").unlink()
+    told = ["evaluate", "--backbone", network, "--data", str(dark), "--device", "cpu"]
+    assert main(told) == 2
+    assert "leave them out with --broken skip" in capsys.readouterr().err
+    assert main([*told, "--broken", "skip"]) == 0
+    printed = capsys.readouterr()
+    assert "Skipped 1 files" in printed.err
+    assert "| pairs | 5 |" in printed.out
+
+
+def test_a_report_is_no_part_of_what_is_measured(
+    network: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["evaluate", "--backbone", network, "--data", str(photos), "--protocol", "synthetic"]
+    assert main([*told, "--out", str(photos / "report")]) == 2
+    assert "lies in --data" in capsys.readouterr().err
+    assert not (photos / "report").exists()
+
+
+def test_images_too_small_to_measure_are_told_before_training(
+    network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(9):
+        for side in ("input", "gt"):
+            file = tmp_path / "tiny" / side / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (index, 9, 9)).save(file)
+    out = tmp_path / "out"
+    told = ["finetune", "--backbone", network, "--data", str(tmp_path / "tiny"), "--out", str(out)]
+    assert main([*told, *SHORT]) == 2
+    assert re.search(r"input/\d\.png' has 4 x 4 pixels.*--broken skip", capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_data_of_which_nothing_can_be_used(
+    network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ink").mkdir()
+    for index in range(3):
+        Image.new("CMYK", (40, 40), (index, 0, 0, 0)).save(tmp_path / "ink" / f"{index}.jpg")
+    told = ["finetune", "--backbone", network, "--data", str(tmp_path / "ink"), "--broken", "skip"]
+    assert main([*told, "--out", str(tmp_path / "out"), *SHORT]) == 2
+    assert "nothing to train on: " in capsys.readouterr().err
+
+
 def test_options_may_come_from_a_file(
     network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -724,7 +845,11 @@ def test_options_may_come_from_a_file(
     assert "perceived: low_light, rain." in printed
     options = json.loads((out / "checkpoints" / "options.json").read_text())
     assert options["recipe"]["schedule"]["steps"] == 2
-    for content, message in [("- a", "holds a list"), ("a: [", "cannot be read as YAML")]:
+    for content, message in [
+        ("- a", "holds a list"),
+        ("a: [", "cannot be read as YAML"),
+        ("seed: 2020-13-45", "cannot be read as YAML"),
+    ]:
         file.write_text(content)
         assert main(["finetune", "--config", str(file), "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
@@ -736,6 +861,14 @@ def test_options_may_come_from_a_file(
         (["--backbone", "mine"], "expected a checkpoint file"),
         (["--backbone", "nowhere:build"], "cannot be imported"),
         (["--backbone", "mine:nothing"], "gave a int"),
+        (["--backbone", "./mine.py:build"], "cannot be imported"),
+        (["--backbone", "mine:asks"], "mine:asks raised TypeError"),
+        (["--backbone", "mine:twice"], "trains restoration of RGB images at their own size"),
+        (["--backbone", "mine:gray"], "trains restoration of RGB images at their own size"),
+        (
+            ["--backbone", "mine:eighths", "--patch", "20"],
+            "multiples of 8, and the patches have 20",
+        ),
         (["--backbone", "missing.pth"], "no checkpoint 'missing.pth'"),
         (["--backbone", "mine.safetensors"], "no checkpoint of an architecture"),
         (["--learning-rate", "1e-6"], "expected it to fall"),

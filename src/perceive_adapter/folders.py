@@ -81,7 +81,7 @@ def save_folder(
     data = safetensors.torch.save(stored, metadata={"format": "pt"})
     _replace(folder / tensors_name, data)
     _replace(folder / config_name, _dump({**config, "sha256": _sha256(data)}))
-    _replace(folder / "README.md", card.encode())
+    _replace(folder / "README.md", card.encode(errors="backslashreplace"))
     return folder
 
 

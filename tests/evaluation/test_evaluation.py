@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,12 +99,12 @@ def test_images_of_one_name_are_told_apart_and_counted(tmp_path: Path) -> None:
         save(tmp_path / "rain" / "input" / scene / "0.png", PHOTO // 2)
         save(tmp_path / "rain" / "gt" / scene / "0.png")
         pairs(tmp_path / "Rain100L" / "test" / scene, "0")
-        save(tmp_path / "CBSD68" / scene / "0.png")
+        save(tmp_path / "CBSD68" / "gt" / scene / "0.png")
     pairs(tmp_path / "SOTS", "0")
     for protocol, names in (
         ("pairs", ("rain/input/a/0.png", "rain/input/b/0.png")),
         ("synthetic", ("rain/gt/a/0.png, severity 0.3", "rain/gt/b/0.png, severity 0.3")),
-        ("three-tasks", ("CBSD68/a/0.png", "CBSD68/b/0.png")),
+        ("three-tasks", ("CBSD68/gt/a/0.png", "CBSD68/gt/b/0.png")),
         ("three-tasks", ("Rain100L/test/a/input/0.png", "Rain100L/test/b/input/0.png")),
     ):
         cases = PROTOCOLS[protocol].cases(tmp_path)
@@ -174,6 +175,23 @@ def test_of_a_set_the_part_to_test_on_counts(tmp_path: Path) -> None:
     pairs(tmp_path / "LOL" / "eval15", "3")
     groups = [case.group for case in PROTOCOLS["five-tasks"].cases(tmp_path)]
     assert groups[-2:] == ["GoPro", "LOL"]
+    (tmp_path / "GoPro" / "test").rename(tmp_path / "GoPro" / "Test")
+    groups = [case.group for case in PROTOCOLS["five-tasks"].cases(tmp_path)]
+    assert groups[-2:] == ["GoPro", "LOL"]
+
+
+@pytest.mark.parametrize("part", ["SOTS/outdoor", "GoPro/test", "LOL/eval15", "CBSD68/gt"])
+def test_no_other_part_takes_the_place_of_a_missing_one(tmp_path: Path, part: str) -> None:
+    for name in ("SOTS/outdoor", "SOTS/indoor", "GoPro/test", "GoPro/train", "Rain100L"):
+        pairs(tmp_path / name, "1")
+    for name in ("LOL/eval15", "LOL/our485"):
+        pairs(tmp_path / name, "1")
+    for name in ("gt", "noisy25"):
+        save(tmp_path / "CBSD68" / name / "1.png")
+    PROTOCOLS["five-tasks"].cases(tmp_path)
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(ConfigError, match=f"{part.split('/')[0]}' has no folder named.*that part"):
+        PROTOCOLS["five-tasks"].cases(tmp_path)
 
 
 @pytest.mark.parametrize(("target", "size"), [((3, 4), 1), ((16, 16), 2)])
@@ -181,7 +199,7 @@ def test_images_that_cannot_be_measured(target: tuple[int, int], size: int) -> N
     image = torch.rand(1, 3, *target)
     case = Case("x", "a", lambda: (image, image))
     enlarge = torch.nn.Upsample(scale_factor=size)
-    with pytest.raises(ImageError, match=r"3 x 4 pixels: SSIM needs|expected the same size"):
+    with pytest.raises(ImageError, match=r"a has 3 x 4 pixels: SSIM needs|of a, whose target"):
         compare({"one": enlarge}, [case])
 
 
@@ -235,6 +253,8 @@ def test_pictures_show_every_group(tmp_path: Path) -> None:
         assert pixels.std() > 10
     wide = Image.open(tmp_path / "grid.png").size
     assert math.isclose(wide[0] / wide[1], 6 / 4.8, rel_tol=0.05)
+    draw_grid({f"scene {index}": row for index in range(60)}, tmp_path / "many.png")
+    assert Image.open(tmp_path / "many.png").size[1] < 11 * wide[1]
 
 
 def test_a_stamp_says_what_it_was_made_with() -> None:

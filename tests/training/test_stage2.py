@@ -23,7 +23,7 @@ from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.training.calling import restored_by
 from perceive_adapter.training.loop import Schedule
 from perceive_adapter.training.restoration import RestorationStep
-from perceive_adapter.training.stage2 import Stage2, train_restoration
+from perceive_adapter.training.stage2 import Stage2, objective_for, train_restoration
 
 
 def train(trained: nn.Module, **options: Any) -> nn.Module:
@@ -482,3 +482,20 @@ def test_the_earlier_state_is_that_of_the_last_look_at_the_probe() -> None:
         mediums=["earlier"],
     )
     assert objective.bare == [True, True, True, False, False]
+
+
+def test_the_paper_s_recipe_has_the_clip_aware_loss() -> None:
+    aware = replace(L1, clip_aware=0.05)
+    perceiving = wrap(Net())
+    assert objective_for(perceiving, aware).clip_aware is not None
+    assert objective_for(perceiving, L1).clip_aware is None
+    for blind in (wrap(Net(), perceiver=False), Net()):
+        with pytest.raises(ConfigError, match=r"CLIP-aware loss, whose weight is 0\.05"):
+            train(blind, recipe=recipe(1, weights=aware))
+
+
+def test_a_checkpoint_is_named_by_a_string_too(tmp_path: Path) -> None:
+    train(model(), recipe=recipe(2), checkpoint=str(tmp_path / "state.pt"))
+    assert (tmp_path / "state.pt").exists()
+    with pytest.raises(ConfigError, match="every=0"):
+        train(model(), recipe=recipe(2), checkpoint=tmp_path / "other.pt", every=0)

@@ -103,12 +103,18 @@ def _from_code(module: str, function: str, option: str) -> nn.Module:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # or a path for a module
         raise BackboneError(
             f"{option} {module}:{function} cannot be imported ({error}): expected a function "
             f"{function!r} in a module {module!r} of the current folder or the environment."
         ) from error
-    network = found() if callable(found) and not isinstance(found, nn.Module) else found
+    try:
+        network = found() if callable(found) and not isinstance(found, nn.Module) else found
+    except Exception as error:  # whatever is wrong with the user's code
+        raise BackboneError(
+            f"{option} {module}:{function} raised {type(error).__name__}: {error}. It is called "
+            "without arguments, and should return the network with its weights."
+        ) from error
     if not isinstance(network, nn.Module):
         raise BackboneError(
             f"{option} {module}:{function} gave a {type(network).__name__}: expected a "

@@ -10,7 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from perceive_adapter.cli.backbones import add_network, load_network, side_by_side
-from perceive_adapter.cli.options import device, integer, needs
+from perceive_adapter.cli.options import device, integer, needs, told_by_option
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="pairs: every set of pairs (default); synthetic: every image with each degradation; "
         "three-tasks: SOTS, Rain100L, CBSD68; five-tasks: GoPro and LOL too",
     )
+    add(
+        "--broken",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do with files without a partner and files that are no images",
+    )
     add("--out", metavar="DIR", type=Path, help="where table, CSV, stamp and pictures are written")
     add("--tile", type=integer(96, 2**16), metavar="PX", help="side of tiles, for large images")
     add("--limit", type=integer(1, 10**6), metavar="N", help="images of each group (all)")
@@ -54,8 +60,20 @@ def run(arguments: Namespace) -> int:
     if out is not None:
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{str(out)!r} is a file: give the name of a folder.")
+        if arguments.protocol == "synthetic" and out.resolve().is_relative_to(
+            arguments.data.resolve()
+        ):
+            raise ConfigError(
+                f"--out {out} lies in --data, whose images are all measured, the report's pictures "
+                "among them: give a folder elsewhere."
+            )
+    skipped: list[str] | None = [] if arguments.broken == "skip" else None
+    with told_by_option():
+        cases = PROTOCOLS[arguments.protocol].cases(arguments.data, skipped)
+    if skipped:
+        print(f"Skipped {len(skipped)} files, such as: {skipped[0]}.", file=sys.stderr)
+    if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    cases = PROTOCOLS[arguments.protocol].cases(arguments.data)
     if arguments.limit is not None:
         cases = _limited(cases, arguments.limit)
     shown: dict[str, dict[str, Tensor]] = {}
@@ -116,7 +134,7 @@ def _write(
         value = getattr(arguments, name)
         made[name] = "none" if value is None else str(value)
     lines = [*(f"- {name}: {value}" for name, value in made.items()), "", table(measured), ""]
-    (out / "table.md").write_text("\n".join(lines), encoding="utf-8")
+    (out / "table.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
     write_json(out / "stamp.json", made)
     write_csv(measured, out / "images.csv")
     draw_bars(measured, out / "psnr.png")

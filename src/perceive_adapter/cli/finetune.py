@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_side
-from perceive_adapter.cli.finetune_data import find_data
+from perceive_adapter.cli.finetune_data import LARGEST, find_data
 from perceive_adapter.cli.finetune_plan import make_data, make_recipe, options_of
 from perceive_adapter.cli.options import between, integer, needs, rate
 from perceive_adapter.errors import ConfigError
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from perceive_adapter.cli.finetune_data import Found
     from perceive_adapter.data.restoration import RestorationData
     from perceive_adapter.injection.model import PerceiveModel
-    from perceive_adapter.losses import RestorationObjective
     from perceive_adapter.training.mediums import MediumSource
-    from perceive_adapter.training.stage2 import Stage2
 
 NAME = "finetune"
 SUMMARY = "Train an adapter for a frozen backbone, on pairs or on clean photographs"
@@ -139,8 +137,9 @@ def run(arguments: Namespace) -> int:
     needs("accelerate", "torchmetrics", extra="train")
     from accelerate import Accelerator
 
+    from perceive_adapter.training.restoration import check_patch
     from perceive_adapter.training.runs import claim_folder
-    from perceive_adapter.training.stage2 import train_restoration
+    from perceive_adapter.training.stage2 import objective_for, train_restoration
 
     recipe = make_recipe(arguments)
     found = find_data(arguments.data, arguments.broken)
@@ -151,8 +150,9 @@ def run(arguments: Namespace) -> int:
         mixed_precision=arguments.precision, cpu=arguments.cpu, **_logged(arguments)
     )
     model = _wrapped(arguments).to(accelerator.device)
-    objective = _objective(recipe, model)
-    options = options_of(arguments, recipe, found, model)
+    objective = objective_for(model, recipe.weights)
+    check_patch(model, data.patch)
+    options = options_of(arguments, recipe, found, model, mediums)
     with accelerator.main_process_first():
         checkpoints = claim_folder(arguments.out, options)
     if arguments.treat == ["auto"] and arguments.adapter is None:  # a saved one keeps its own
@@ -229,17 +229,6 @@ def _treat_by_itself(
     model.treat(*json.loads(file.read_text(encoding="utf-8"))["treated"])
 
 
-def _objective(recipe: Stage2, model: PerceiveModel) -> RestorationObjective:
-    from perceive_adapter.losses import ClipAwareLoss, RestorationObjective
-
-    aware = None
-    if recipe.weights.clip_aware:
-        if model.perceiver is None:
-            raise ConfigError("--clip-aware needs a perceiver, and this adapter has none.")
-        aware = ClipAwareLoss(model.perceiver)
-    return RestorationObjective(recipe.weights, clip_aware=aware)
-
-
 def _logged(arguments: Namespace) -> dict[str, Any]:
     """Log to TensorBoard, where it is installed."""
     from importlib.util import find_spec
@@ -285,7 +274,9 @@ def _save(
     if sharded or not cases:
         return
     model.eval()
-    measured = compare(side_by_side(model), cases, device=accelerator.device)
+    # In tiles no larger than what was trained on, in whose place much larger pairs may come.
+    both = side_by_side(model, tile=LARGEST)
+    measured = compare(both, cases, device=accelerator.device)
     print(table(measured))
     figures: dict[str, float | str] = {}
     for group, networks in group_means(measured).items():

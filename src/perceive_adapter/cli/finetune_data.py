@@ -7,9 +7,10 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from perceive_adapter.errors import ImageError
+from perceive_adapter.cli.options import told_by_option
+from perceive_adapter.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from perceive_adapter.data.pairs import Pair
     from perceive_adapter.evaluation.cases import Case
 
-__all__ = ["Found", "find_data"]
+__all__ = ["LARGEST", "Found", "find_data"]
 
 T = TypeVar("T")
 
-_LARGEST = 1200  # pixels of the longest side of a clean photograph in training
+LARGEST: Final = 1200
+"""Pixels of the longest side of a clean photograph."""
 _MEASURED = 40  # images of a task that are measured at the end
 
 
@@ -54,7 +56,8 @@ class Found(NamedTuple):
             groups.setdefault(pair.group, []).append(pair)
         pairs = [pair for group in groups.values() for pair in _spread(group, _MEASURED)]
         photos = _spread(self.held_photos, _MEASURED // 2)  # each of them twice, mild and severe
-        return [*pair_cases(pairs), *(degraded_cases(photos, tasks) if self.photos else ())]
+        made = degraded_cases(photos, tasks, largest=LARGEST) if self.photos else ()
+        return [*pair_cases(pairs), *made]
 
 
 def find_data(folders: Sequence[Path], broken: str) -> Found:
@@ -74,9 +77,17 @@ def find_data(folders: Sequence[Path], broken: str) -> Found:
         [(target, pair) for (_, target), pair in listing.pairs.items()], held
     )
     paths, held_paths = _divide(listing.photos.items(), held)
+    photos = _read(paths, skip, skipped)
+    if not pairs and not photos:
+        raise ConfigError(
+            f"--data leaves nothing to train on: {len(skipped)} files were skipped, such as: "
+            f"{skipped[0]}."
+            if skipped
+            else "--data leaves nothing to train on. Add images."
+        )
     return Found(
         tuple(pairs),
-        tuple(_read(paths, skip, skipped)),
+        tuple(photos),
         tuple(pair for pair in held_pairs if _readable(pair, skip, skipped)),
         tuple(path for path in held_paths if _read([path], skip, skipped)),
         listing.digest(),
@@ -101,7 +112,8 @@ class _Listing:
 
         items: Sequence[Pair | Path]
         if holds_pairs(folder):
-            found = find_pairs(folder, broken="skip" if skip else "raise")
+            with told_by_option():
+                found = find_pairs(folder, broken="skip" if skip else "raise")
             skipped += found.skipped
             items = found.pairs
         else:
@@ -180,7 +192,7 @@ def _read(paths: Sequence[Path], skip: bool, skipped: list[str]) -> list[Tensor]
     photos = []
     for path in paths:
         try:
-            photos += load_photos([path], largest=_LARGEST)
+            photos += load_photos([path], largest=LARGEST)
         except ImageError as error:
             _leave_out(error, skip, skipped)
     return photos
@@ -188,9 +200,10 @@ def _read(paths: Sequence[Path], skip: bool, skipped: list[str]) -> list[Tensor]
 
 def _readable(pair: Pair, skip: bool, skipped: list[str]) -> bool:
     from perceive_adapter.data.pairs import read_pair
+    from perceive_adapter.evaluation.measure import check_measurable
 
     try:
-        read_pair(pair)
+        check_measurable(*read_pair(pair), repr(str(pair.degraded)))
     except ImageError as error:
         _leave_out(error, skip, skipped)
         return False

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from perceive_adapter.cli.finetune_data import Found
     from perceive_adapter.data.restoration import RestorationData
     from perceive_adapter.injection.model import PerceiveModel
+    from perceive_adapter.training.mediums import MediumSource
     from perceive_adapter.training.stage2 import Stage2
 
 __all__ = ["make_data", "make_recipe", "options_of"]
@@ -85,15 +86,25 @@ def make_recipe(arguments: Namespace) -> Stage2:
 
 
 def options_of(
-    arguments: Namespace, recipe: Stage2, found: Found, model: PerceiveModel
+    arguments: Namespace,
+    recipe: Stage2,
+    found: Found,
+    model: PerceiveModel,
+    mediums: Sequence[MediumSource],
 ) -> dict[str, Any]:
     """What decides the weights: a run with other values is another run."""
     from perceive_adapter.injection.checkpoint import fingerprint
 
-    names = ["rank", "adapter", "treat", "tasks", "ratios", "context", "patch", "seed"]
-    names += ["mediums", "precision", "channels_last"]
+    names = ["rank", "treat", "tasks", "ratios", "context", "patch", "seed"]
+    names += ["precision", "channels_last"]
+    adapter = None
+    if arguments.adapter is not None:
+        treats = model.injector.config.treats
+        adapter = {"weights": fingerprint(model.injector), "treats": treats and list(treats)}
     return {
         **{name: getattr(arguments, name) for name in names},
+        "adapter": adapter,
+        "mediums": [one if isinstance(one, str) else fingerprint(one) for one in mediums],
         "recipe": asdict(recipe),
         "files": found.digest,
         "backbone": fingerprint(model.backbone),

@@ -75,7 +75,11 @@ def noise_cases(
 
 
 def degraded_cases(
-    paths: Sequence[Path], tasks: Sequence[str], root: Path | None = None
+    paths: Sequence[Path],
+    tasks: Sequence[str],
+    root: Path | None = None,
+    *,
+    largest: int | None = None,
 ) -> Iterator[Case]:
     """Yield clean images with every task's damage, at each of ``SEVERITIES``, rounded to 8 bits.
 
@@ -83,10 +87,11 @@ def degraded_cases(
         paths: of the clean images; an image's position is the seed of its damage.
         tasks: names of degradations, several of them joined by ``+``; they are the groups.
         root: folder that images are named relative to; None for their whole paths.
+        largest: longest side in pixels to which an image is shrunk; None for no limit.
     """
 
     def load(task: str, severity: float, seed: int, path: Path) -> tuple[Tensor, Tensor]:
-        target = _unit(load_photos([path])[0])
+        target = _unit(load_photos([path], largest=largest)[0])
         severities = dict.fromkeys(task.split("+"), severity)
         return as_file(mix(target, severities, torch.Generator().manual_seed(seed))), target
 

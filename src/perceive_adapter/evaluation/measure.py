@@ -12,7 +12,7 @@ from perceive_adapter.data.samples import as_file
 from perceive_adapter.errors import ImageError
 from perceive_adapter.evaluation.cases import Case
 
-__all__ = ["Measured", "Restore", "compare"]
+__all__ = ["Measured", "Restore", "check_measurable", "compare"]
 
 Restore = Callable[[Tensor], Tensor]
 """From a degraded image (1, 3, H, W) in [0, 1] to the restored one."""
@@ -67,7 +67,7 @@ def compare(
         images = {DEGRADED: degraded}
         images |= {name: as_file(restore(degraded)) for name, restore in networks.items()}
         found += [
-            Measured(case.group, case.image, name, *_metrics(image, target))
+            Measured(case.group, case.image, name, *_metrics(image, target, case.image))
             for name, image in images.items()
         ]
         if keep is not None:
@@ -75,22 +75,27 @@ def compare(
     return found
 
 
-def _metrics(image: Tensor, target: Tensor) -> tuple[float, float]:
+def check_measurable(image: Tensor, target: Tensor, name: str) -> None:
+    """Raise ImageError unless PSNR and SSIM can compare images (..., H, W)."""
+    if min(target.shape[-2:]) <= _BORDER:
+        raise ImageError(
+            f"{name} has {target.shape[-2]} x {target.shape[-1]} pixels: SSIM needs more than "
+            f"{_BORDER} on every side. Leave it out."
+        )
+    if image.shape != target.shape:
+        raise ImageError(
+            f"a network made {tuple(image.shape)} of {name}, whose target has "
+            f"{tuple(target.shape)}: expected the same size; upscalers are not evaluated here."
+        )
+
+
+def _metrics(image: Tensor, target: Tensor, name: str) -> tuple[float, float]:
     from torchmetrics.functional.image import (
         peak_signal_noise_ratio,
         structural_similarity_index_measure,
     )
 
-    if min(target.shape[-2:]) <= _BORDER:
-        raise ImageError(
-            f"an image has {target.shape[-2]} x {target.shape[-1]} pixels: SSIM needs more than "
-            f"{_BORDER} on every side. Leave it out."
-        )
-    if image.shape != target.shape:
-        raise ImageError(
-            f"a network made {tuple(image.shape)} of an image whose target has "
-            f"{tuple(target.shape)}: expected the same size; upscalers are not evaluated here."
-        )
+    check_measurable(image, target, name)
     psnr = peak_signal_noise_ratio(image, target, data_range=1.0)
     _, ssim = structural_similarity_index_measure(
         image, target, data_range=1.0, return_full_image=True

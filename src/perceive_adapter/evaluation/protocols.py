@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from perceive_adapter.data.degradations import DEGRADATIONS
-from perceive_adapter.data.pairs import find_pairs
-from perceive_adapter.data.samples import find_images
+from perceive_adapter.data.matching import DEGRADED_FOLDERS
+from perceive_adapter.data.pairs import Pair, find_pairs
+from perceive_adapter.data.samples import IMAGE_SUFFIXES, find_images
 from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.evaluation.cases import Case, degraded_cases, noise_cases, pair_cases
@@ -20,15 +21,19 @@ _SIGMAS: Final = (15, 25, 50)
 
 
 class _Set(NamedTuple):
-    """A set by the names that its folder may have, and those of the part that is tested on."""
+    """A set by the names that its folder may have, and those of the part that is tested on.
+
+    Part names are in any case of letters. Where there is none, the folder itself may hold what
+    they would, images or pairs: but never deeper folders, which may be what is trained on.
+    """
 
     names: tuple[str, ...]
     parts: tuple[str, ...] = ()
 
 
-_CBSD68: Final = _Set(("CBSD68", "BSD68"), ("gt", "original_png", "original", "clean", "HR"))
+_CBSD68: Final = _Set(("CBSD68", "BSD68"), ("gt", "original_png", "original", "clean", "hr"))
 _RAIN: Final = _Set(("Rain100L",), ("test",))
-_SOTS: Final = _Set(("SOTS", "SOTS_outdoor"), ("outdoor", "Outdoor"))
+_SOTS: Final = _Set(("SOTS", "SOTS_outdoor"), ("outdoor",))
 _GOPRO: Final = _Set(("GoPro", "GOPRO", "GOPRO_Large"), ("test",))
 _LOL: Final = _Set(("LOL", "LOLv1", "LOL-v1", "LOLdataset"), ("eval15", "test"))
 
@@ -51,45 +56,74 @@ class Protocol:
     pairs: tuple[_Set, ...] | None = ()
     tasks: tuple[str, ...] = ()
 
-    def cases(self, data: Path) -> list[Case]:
+    def cases(self, data: Path, skipped: list[str] | None = None) -> list[Case]:
         """Return the cases of a folder that holds the sets by name, at any depth.
 
-        Raises:
-            ConfigError: a set is missing.
-            ImageError: a set of pairs has a file without a partner, or one that is no image.
-        """
-        return list(self._cases(data))
+        Args:
+            data: the folder.
+            skipped: takes what is wrong with each file of a set of pairs that has no partner or is
+                no image, which then is left out; None for an error.
 
-    def _cases(self, data: Path) -> Iterator[Case]:
+        Raises:
+            ConfigError: a set, or the part of it that is tested on, is missing.
+            ImageError: a set of pairs has such a file.
+        """
+        return list(self._cases(data, skipped))
+
+    def _cases(self, data: Path, skipped: list[str] | None) -> Iterator[Case]:
         if self.noisy is not None:
             folder, part = _find(data, self.noisy, self.name)
             for sigma in _SIGMAS:
                 group = f"{folder.name} sigma {sigma}"
                 yield from noise_cases(find_images(part), sigma, group, data)
         if self.pairs is None:
-            yield from pair_cases(find_pairs(data).pairs, data)
+            yield from pair_cases(_pairs(data, skipped), data)
         for one in self.pairs or ():
             folder, part = _find(data, one, self.name)
-            for case in pair_cases(find_pairs(part).pairs, data):
+            for case in pair_cases(_pairs(part, skipped), data):
                 yield Case(folder.name, case.image, case.load)
         if self.tasks:
             yield from degraded_cases(find_images(data), self.tasks, data)
+
+
+def _pairs(folder: Path, skipped: list[str] | None) -> Sequence[Pair]:
+    found = find_pairs(folder, broken="raise" if skipped is None else "skip")
+    if skipped is not None:
+        skipped += found.skipped
+    return found.pairs
 
 
 def _find(data: Path, wanted: _Set, protocol: str) -> tuple[Path, Path]:
     """Find the folder of a set, below ``data`` or ``data`` itself, and its part to test on."""
     folders = [data] if data.is_dir() else []
     folders += sorted(parent / name for parent, names, _ in walk(data) for name in names)
-    for name in wanted.names:
-        folder = next((folder for folder in folders if folder.name == name), None)
-        if folder is not None:
-            parts = [folder / part for part in wanted.parts if (folder / part).is_dir()]
-            return folder, parts[0] if parts else folder
+    named = [folder for name in wanted.names for folder in folders if folder.name == name]
+    for folder in named:
+        if part := _part(folder, wanted.parts):
+            return folder, part
+    if named:
+        raise ConfigError(
+            f"{str(named[0])!r} has no folder named {' or '.join(wanted.parts)}, and no images or "
+            f"pairs of its own: the protocol {protocol!r} measures that part alone. Put it there, "
+            "or choose the protocol 'pairs', which takes whatever there is."
+        )
     raise ConfigError(
         f"{str(data)!r} holds no folder named {' or '.join(wanted.names)}, which the protocol "
         f"{protocol!r} needs. Put the set there, or choose the protocol 'pairs', which takes "
         "whatever there is."
     )
+
+
+def _part(folder: Path, parts: Sequence[str]) -> Path | None:
+    """The part of a set that is tested on, or the set's folder where it is no more than that."""
+    inside = sorted(folder.iterdir())
+    below = {path.name.casefold(): path for path in inside if path.is_dir()}
+    for part in parts:
+        if part in below:
+            return below[part]
+    sides = not below.keys().isdisjoint(DEGRADED_FOLDERS)
+    endings = (*IMAGE_SUFFIXES, ".tar")
+    return folder if sides or any(path.suffix.lower() in endings for path in inside) else None
 
 
 PROTOCOLS: Final = {

@@ -9,6 +9,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["draw_bars", "draw_grid", "group_means", "new_figure", "stamp", "table", "write_csv"]
+
+_ROWS = 20  # of the picture before and after
 
 
 def table(measured: Sequence[Measured]) -> str:
@@ -55,7 +58,7 @@ def table(measured: Sequence[Measured]) -> str:
 
 def write_csv(measured: Sequence[Measured], file: Path) -> None:
     """Write a row for every image and network."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
+    with file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Measured)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in measured)
@@ -96,7 +99,8 @@ def draw_bars(measured: Sequence[Measured], file: Path) -> None:
 
 
 def draw_grid(images: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
-    """Draw before and after as a PNG: a row of images (3, H, W) for each name."""
+    """Draw before and after as a PNG: a row of images (3, H, W) for each name, 20 at most."""
+    images = dict(islice(images.items(), _ROWS))
     columns = list(next(iter(images.values())))
     figure = new_figure(3 * len(columns), 2.4 * len(images))
     grid = figure.subplots(len(images), len(columns), squeeze=False)
@@ -135,7 +139,8 @@ def group_means(measured: Sequence[Measured]) -> dict[str, dict[str, tuple[float
 
 
 def _told(group: str) -> str:
-    return group.replace("_", " ").replace("+", " + ")
+    readable = group.encode(errors="backslashreplace").decode()  # fonts know no other names
+    return readable.replace("_", " ").replace("+", " + ")
 
 
 def _commit() -> str:

@@ -17,7 +17,7 @@ from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.training.calling import restored_by
 from perceive_adapter.training.mediums import Mediums, MediumSource
 
-__all__ = ["Perceive", "RestorationStep"]
+__all__ = ["Perceive", "RestorationStep", "check_patch"]
 
 Perceive: TypeAlias = Callable[[PerceiveModel, RestorationSample], Perception]
 
@@ -91,29 +91,6 @@ class RestorationStep(nn.Module):
             )
         return restored
 
-    def check_patch(self, side: int) -> None:
-        """Raise if a wrapped network cannot be trained on RGB patches of this side.
-
-        Raises:
-            BackboneError: it takes other images, is an upscaler, or needs other sides.
-        """
-        model = self.model
-        if not isinstance(model, PerceiveModel):
-            return
-        plan = model.sites
-        if plan.image_channels != 3 or plan.scale != 1:
-            raise BackboneError(
-                f"the network takes images of {plan.image_channels} channels and scales them by "
-                f"{plan.scale:g}: stage 2 trains restoration of RGB images at their own size. Wrap "
-                "it in a module that converts, or write a loop of your own "
-                "(examples/finetune_your_own.py)."
-            )
-        if side % model.size_multiple:
-            raise BackboneError(
-                f"the network runs on sides that are multiples of {model.size_multiple}, and the "
-                f"patches have {side}: give a patch that is one."
-            )
-
     def _vectors(self, samples: RestorationSample, perception: Perception) -> dict[str, Tensor]:
         """What the contrastive loss compares: compact features of two crops of one image."""
         if perception.compact is None or self.objective.contrastive is None:
@@ -123,6 +100,29 @@ class RestorationStep(nn.Module):
         other = self.model.injector.perceive(samples.context.flip(3)[..., :half]).compact
         assert other is not None
         return {"anchor": perception.compact, "positive": other, "labels": samples.task}
+
+
+def check_patch(model: nn.Module, side: int) -> None:
+    """Raise if a wrapped network cannot be trained on RGB patches of this side.
+
+    Raises:
+        BackboneError: it takes other images, is an upscaler, or needs other sides.
+    """
+    if not isinstance(model, PerceiveModel):
+        return
+    plan = model.sites
+    if plan.image_channels != 3 or plan.scale != 1:
+        raise BackboneError(
+            f"the network takes images of {plan.image_channels} channels and scales them by "
+            f"{plan.scale:g}: stage 2 trains restoration of RGB images at their own size. Wrap it "
+            "in a module that converts, or write a loop of your own "
+            "(examples/finetune_your_own.py)."
+        )
+    if side % model.size_multiple:
+        raise BackboneError(
+            f"the network runs on sides that are multiples of {model.size_multiple}, and the "
+            f"patches have {side}: give a patch that is one."
+        )
 
 
 def _perceive(model: PerceiveModel, samples: RestorationSample) -> Perception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +13,17 @@ from torch import nn
 
 from perceive_adapter.data.restoration import RestorationData
 from perceive_adapter.errors import ConfigError
-from perceive_adapter.losses import ObjectiveWeights, RestorationObjective
+from perceive_adapter.injection.model import PerceiveModel
+from perceive_adapter.losses import ClipAwareLoss, ObjectiveWeights, RestorationObjective
 from perceive_adapter.modes import keeping_modes
 from perceive_adapter.training.loop import Schedule
 from perceive_adapter.training.mediums import MediumSource
-from perceive_adapter.training.restoration import Perceive, RestorationStep
+from perceive_adapter.training.restoration import Perceive, RestorationStep, check_patch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["ADAPTER", "PAPER_RESTORATION", "Stage2", "train_restoration"]
+__all__ = ["ADAPTER", "PAPER_RESTORATION", "Stage2", "objective_for", "train_restoration"]
 
 _PAPER_SCHEDULE: Final = Schedule(
     steps=500_000, learning_rate=2e-4, final_learning_rate=1e-6, weight_decay=1e-4
@@ -82,7 +84,7 @@ def train_restoration(
     perceive: Perceive | None = None,
     mediums: Sequence[MediumSource] = (),
     accelerator: Accelerator | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     every: int = 500,
     workers: int = 0,
     compile: bool = False,
@@ -104,7 +106,7 @@ def train_restoration(
             of its modules gets back the mode it had.
         data: what is trained on.
         recipe: steps, batches and the weights of the objective.
-        objective: None for one of ``recipe.weights``.
+        objective: None for :func:`objective_for` the model and ``recipe.weights``.
         perceive: from the wrapped model and a batch to the perception that it is told, for an
             oracle or a teacher; None for what it perceives itself.
         mediums: what makes half-restored images for the difficulty-adaptive loss: restorers, which
@@ -117,8 +119,9 @@ def train_restoration(
         channels_last: keep images and the model's weights in that memory format.
 
     Raises:
-        ConfigError: nothing in the model is trainable, the batch cannot be shared out evenly, or
-            there are mediums and no difficulty-adaptive loss.
+        ConfigError: nothing in the model is trainable, the batch cannot be shared out evenly,
+            there are mediums and no difficulty-adaptive loss, or a CLIP-aware loss and no
+            perceiver.
         BackboneError: the wrapped network takes no RGB image, is an upscaler, or cannot run on
             patches of this size.
         CheckpointError: the checkpoint is damaged, or of another run: another recipe, model or
@@ -129,14 +132,17 @@ def train_restoration(
 
     from perceive_adapter.training.restoration_run import RestorationRun, in_channels_last
 
-    objective = objective or RestorationObjective(recipe.weights)
+    objective = objective or objective_for(model, recipe.weights)
+    if every < 1:
+        raise ConfigError(f"every={every}: expected 1 or more optimizer steps.")
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     if mediums and objective.difficulty_adaptive is None:
         raise ConfigError(
             "mediums are for the difficulty-adaptive loss, whose weight is 0: leave them out, or "
             "give it a weight."
         )
     step = RestorationStep(model, objective, perceive, mediums)
-    step.check_patch(data.patch)
+    check_patch(model, data.patch)
     accelerator = accelerator or Accelerator()
     run = RestorationRun(step, data, recipe, accelerator, channels_last=channels_last)
     if channels_last:
@@ -150,6 +156,24 @@ def train_restoration(
             if checkpoint is not None and (done % every == 0 or done == recipe.schedule.steps):
                 run.save(checkpoint, done)
         run.finish()
+
+
+def objective_for(model: nn.Module, weights: ObjectiveWeights) -> RestorationObjective:
+    """Build the objective of a model, whose own perceiver is the CLIP-aware loss's.
+
+    Raises:
+        ConfigError: the CLIP-aware loss has a weight, and the model no perceiver.
+    """
+    aware = None
+    if weights.clip_aware:
+        perceiver = model.perceiver if isinstance(model, PerceiveModel) else None
+        if perceiver is None:
+            raise ConfigError(
+                f"the CLIP-aware loss, whose weight is {weights.clip_aware:g}, needs a perceiver, "
+                "and this model has none: give it the weight 0, or an objective= with one."
+            )
+        aware = ClipAwareLoss(perceiver)
+    return RestorationObjective(weights, clip_aware=aware)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from perceive_adapter.injection.condition import strength
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.training.calling import restored_by
+from perceive_adapter.training.restoration import check_patch
 
 __all__ = ["find_treated"]
 
@@ -38,10 +39,15 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
 
     Returns:
         Names of ``model.perceiver.degradations``; none where the adapter should work everywhere.
+
+    Raises:
+        BackboneError: the wrapped network takes no RGB image, is an upscaler, or cannot run on
+            patches of this size.
     """
     names = model.perceiver.degradations if model.perceiver is not None else ()
     if not names:
         return ()
+    check_patch(model, data.patch)
     device, mode = next(model.parameters()).device, model.training
     model.eval()
     looked = [_look(model, samples) for samples in _by_task(data.probe(each), device)]
