@@ -1,13 +1,14 @@
 """What restores best at equal steps: LoRA, everything, or a wrapped network; and what helps it.
 
     python benchmarks/quality.py --data DIR
+    python benchmarks/quality.py --data DIR --backbone nafnet-32 --workers 12 --seeds 0
 
 A small network that was trained on noise alone (the demo's NAFNet, or a Restormer or a SwinIR,
-which are trained for it first) learns noise, rain, haze and low light in the ways of
-`restoration_rows/rows.py`, by the same loop, on the same samples. A row that names its learning
-rates is trained with each of them at seed 0, and keeps the one with the best mean PSNR on
-photographs that were set aside from DIR/train/clean; every row is then trained with every seed, and
-reported on DIR/test, whole images in RGB.
+which are trained for it first; on a GPU also a NAFNet-32 and a Restormer as published) learns
+noise, rain, haze and low light in the ways of `restoration_rows/rows.py`, by the same loop, on the
+same samples. A row that names its learning rates is trained with each of them at seed 0, and keeps
+the one with the best mean PSNR on photographs that were set aside from DIR/train/clean; every row
+is then trained with every seed, and reported on DIR/test, whole images in RGB.
 
 Rows that name none take over those of another, so they are measured where that one is at its best.
 Rates are tuned with the NAFNet alone; a Restormer and a SwinIR take them over. `--rates` gives

@@ -1,4 +1,4 @@
-"""The networks that rows are made of: small, and trained on noise alone."""
+"""The networks that rows are made of, trained on noise alone: small, and as published for a GPU."""
 
 import sys
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from spandrel.architectures.NAFNet import NAFNet
 from spandrel.architectures.SwinIR import SwinIR
 from spandrel_extra_arches.architectures.Restormer import Restormer
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ _BUILD = {
         drop_path_rate=0.0,
         resi_connection="1conv",
     ),
+    "nafnet-32": partial(
+        NAFNet, width=32, enc_blk_nums=[1, 1, 1, 28], middle_blk_num=1, dec_blk_nums=[1, 1, 1, 1]
+    ),
+    "restormer-48": Restormer,
 }
 BACKBONES = ("nafnet", *_BUILD)
 
