@@ -51,7 +51,7 @@ def test_weights_are_swapped_inside_and_put_back_after_an_exception() -> None:
     with pytest.raises(RuntimeError, match="inside"):
         swap_and_fail()
     assert all(now.weight is was for now, was in zip(layers, before, strict=True))
-    assert not any(prompt.folded for prompt in model.injector.prompt_sites)
+    assert not any(prompt.fold.under_way for prompt in model.injector.prompt_sites)
     assert model.backbone.body[0].a.weight is model.backbone.body[1].a.weight
 
 
@@ -74,7 +74,7 @@ def test_tied_layers_get_a_weight_each() -> None:
 def test_computed_weights_run_unfolded() -> None:
     model = wrapped("normed")
     with model.fold(oracle(1)):
-        unfolded = {p.site.name for p in model.injector.prompt_sites if not p.folded}
+        unfolded = {p.site.name for p in model.injector.prompt_sites if not p.fold.under_way}
     assert unfolded >= {f"body.{i}.a" for i in range(4)}
 
 

@@ -30,7 +30,11 @@ class Branches:
         for name, (module, _) in modules.items():
             shapes = module.up.weight.shape, module.down.weight.shape
             alike.setdefault(shapes, []).append(name)
-        self._branches = dict(modules)
+        self._depths = {name: depth for name, (_, depth) in modules.items()}
+        # The layers, since to find one in its module takes as long as a small operation.
+        self._ups = {name: module.up for name, (module, _) in modules.items()}
+        self._downs = {name: module.down for name, (module, _) in modules.items()}
+        self._gates = {name: module.gate for name, (module, _) in modules.items()}
         self._groups = list(alike.values())
 
     def gated(self, condition: Tensor) -> dict[str, Tensor]:
@@ -61,7 +65,7 @@ class Branches:
         """
         found: dict[str, Tensor] = {}
         for names, gated in self._gated(condition):
-            down = torch.stack([self._branches[name][0].down.weight for name in names])
+            down = torch.stack([self._downs[name].weight for name in names])
             products = torch.bmm(gated[:, 0], down.flatten(2)).unbind()
             found |= {
                 name: product.view_as(weights[name]).to(weights[name].dtype)
@@ -74,16 +78,16 @@ class Branches:
 
     def _gated(self, condition: Tensor) -> Iterator[tuple[list[str], Tensor]]:
         """Names of branches of one shape, and their matrices (S, B, channels, R)."""
-        gates = [self._branches[name][0].gate.weight for names in self._groups for name in names]
+        gates = [self._gates[name].weight for names in self._groups for name in names]
         if not gates or any(type(gate) not in (Tensor, nn.Parameter) for gate in gates):
             return
         of_all = F.linear(condition, torch.cat(gates))  # (B, L, sum of all R)
-        ranks = [self._branches[names[0]][0].up.weight.shape[1] for names in self._groups]
+        ranks = [self._ups[names[0]].weight.shape[1] for names in self._groups]
         sizes = [len(names) * rank for names, rank in zip(self._groups, ranks, strict=True)]
         parts = torch.split(of_all, sizes, dim=2)
         for names, part in zip(self._groups, parts, strict=True):
             gate = self._at_depths(names, part.view(*part.shape[:2], len(names), -1))
-            up = torch.stack([self._branches[name][0].up.weight for name in names]).flatten(2)
+            up = torch.stack([self._ups[name].weight for name in names]).flatten(2)
             yield names, up[:, None] * gate[:, :, None]
 
     def _at_depths(self, names: Sequence[str], gates: Tensor) -> Tensor:
@@ -91,6 +95,4 @@ class Branches:
         if gates.shape[1] == 1:
             return gates[:, 0].transpose(0, 1)
         own = gates.unbind(2)
-        return torch.stack(
-            [at_depth(g, self._branches[n][1]) for n, g in zip(names, own, strict=True)]
-        )
+        return torch.stack([at_depth(g, self._depths[n]) for n, g in zip(names, own, strict=True)])

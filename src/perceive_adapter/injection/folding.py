@@ -38,14 +38,14 @@ def folded_weights(injector: PromptInjector, condition: Tensor) -> Iterator[None
         for name, together in folded.items():
             module, prompt, _ = layers[name]
             module._parameters["weight"] = nn.Parameter(together, requires_grad=False)
-            prompt.folded, prompt.folded_at = True, together.data_ptr()
+            prompt.fold.under_way, prompt.fold.address = True, together.data_ptr()
             swapped.append(name)
         yield
     finally:
         for name in swapped:
             module, prompt, _ = layers[name]
             module._parameters["weight"] = originals[name]
-            prompt.folded = False
+            prompt.fold.under_way = False
 
 
 @contextmanager

@@ -36,6 +36,17 @@ from perceive_adapter.injection.state import ConditionState, ForwardPass, Lock
 __all__ = ["PromptInjector", "check_backbone", "modules_at"]
 
 
+class Fold:
+    """Whether a branch is part of its layer's weight, and where that weight lies in memory.
+
+    By itself, since to set an attribute of a module takes as long as a small operation.
+    """
+
+    def __init__(self) -> None:
+        self.under_way = False
+        self.address = 0
+
+
 class PromptSite(nn.Module):
     """The prompt module of one site, and the hook that applies it."""
 
@@ -48,8 +59,7 @@ class PromptSite(nn.Module):
         self.state = state
         self.depth = depth
         self.is_branch = isinstance(self.prompt, GatedLowRank)
-        self.folded = False
-        self.folded_at = 0
+        self.fold = Fold()
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: give the module's output, changed by the prompt."""
@@ -84,10 +94,10 @@ class PromptSite(nn.Module):
 
     def _is_folded(self, module: nn.Module) -> bool:
         """Whether the layer ran with the folded weight, which some networks put another over."""
-        if not self.folded or torch.compiler.is_compiling():
-            return self.folded
+        if not self.fold.under_way or torch.compiler.is_compiling():
+            return self.fold.under_way
         weight = module._parameters.get("weight")
-        return weight is not None and weight.data_ptr() == self.folded_at
+        return weight is not None and weight.data_ptr() == self.fold.address
 
 
 class PromptInjector(nn.Module):
