@@ -812,10 +812,12 @@ def test_images_too_small_to_measure_are_told_before_training(
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (4, 4), (index, 9, 9)).save(file)
     out = tmp_path / "out"
-    told = ["finetune", "--backbone", network, "--data", str(tmp_path / "tiny"), "--out", str(out)]
-    assert main([*told, *SHORT]) == 2
-    assert re.search(r"input/\d\.png' has 4 x 4 pixels.*--broken skip", capsys.readouterr().err)
-    assert not out.exists()
+    for data, side in ((tmp_path / "tiny", "input"), (tmp_path / "tiny" / "gt", "gt")):
+        told = ["finetune", "--backbone", network, "--data", str(data), "--out", str(out)]
+        assert main([*told, *SHORT]) == 2
+        said = capsys.readouterr().err
+        assert re.search(rf"{side}/\d\.png' has 4 x 4 pixels.*--broken skip", said)
+        assert not out.exists()
 
 
 def test_data_of_which_nothing_can_be_used(

@@ -88,8 +88,8 @@ def find_data(folders: Sequence[Path], broken: str) -> Found:
     return Found(
         tuple(pairs),
         tuple(photos),
-        tuple(pair for pair in held_pairs if _readable(pair, skip, skipped)),
-        tuple(path for path in held_paths if _read([path], skip, skipped)),
+        tuple(pair for pair in held_pairs if _is_measurable(pair, skip, skipped)),
+        tuple(path for path in held_paths if _is_measurable(path, skip, skipped)),
         listing.digest(),
         tuple(skipped),
     )
@@ -198,12 +198,18 @@ def _read(paths: Sequence[Path], skip: bool, skipped: list[str]) -> list[Tensor]
     return photos
 
 
-def _readable(pair: Pair, skip: bool, skipped: list[str]) -> bool:
+def _is_measurable(item: Pair | Path, skip: bool, skipped: list[str]) -> bool:
+    """Whether a pair, or a photograph and what it is degraded to, can be read and compared."""
     from perceive_adapter.data.pairs import read_pair
+    from perceive_adapter.data.samples import load_photos
     from perceive_adapter.evaluation.measure import check_measurable
 
     try:
-        check_measurable(*read_pair(pair), repr(str(pair.degraded)))
+        if isinstance(item, Path):
+            (photo,) = load_photos([item], largest=LARGEST)
+            check_measurable(photo, photo, repr(str(item)))
+        else:
+            check_measurable(*read_pair(item), repr(str(item.degraded)))
     except ImageError as error:
         _leave_out(error, skip, skipped)
         return False
