@@ -17,7 +17,6 @@ HIDDEN = 64
 WHOLE = 0.2  # severity from which the prompts do all that they can
 SURE = (0.5, 0.9)  # presence up to which a severity is nothing, and from which it counts in full
 UNIT_VECTORS = ("compact", "embedding", "semantic")
-DOSES = ("degradations", "severity")
 
 
 class ConditionEncoder(nn.Module):
@@ -98,10 +97,8 @@ class ConditionEncoder(nn.Module):
                     "with dataclasses.replace(model.perceive(image), ...)"
                 )
             value = value.to(weight)
-            if name in UNIT_VECTORS:  # so that they have entries of the order of one
+            if name in UNIT_VECTORS:  # so that every source has entries of the order of one
                 value = value * width**0.5
-            elif name in DOSES:  # few entries, which are to weigh as much as a vector's many
-                value = value * 8
             parts.append(value if value.ndim == 3 else value[:, None])
         depths = max(part.shape[1] for part in parts)
         joined = torch.cat([part.expand(-1, depths, -1) for part in parts], dim=-1)
