@@ -274,8 +274,7 @@ def _save(
     if sharded or not cases:
         return
     model.eval()
-    # In tiles no larger than what was trained on, in whose place much larger pairs may come.
-    both = side_by_side(model, tile=LARGEST)
+    both = side_by_side(model, tile=LARGEST)  # pairs may be of any size, and memory is not
     measured = compare(both, cases, device=accelerator.device)
     print(table(measured))
     figures: dict[str, float | str] = {}

@@ -24,7 +24,7 @@ __all__ = ["LARGEST", "Found", "find_data"]
 T = TypeVar("T")
 
 LARGEST: Final = 1200
-"""Pixels of the longest side of a clean photograph."""
+"""Pixels to which the longest side of a clean photograph is shrunk, to train on and to measure."""
 _MEASURED = 40  # images of a task that are measured at the end
 
 
