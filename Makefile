@@ -32,5 +32,5 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml | .venv/bin/pip
-	$(BIN)/python -m pip install --quiet -e ".[train,demo,app]" --group dev
+	$(BIN)/python -m pip install --quiet -e ".[train,demo]" --group dev
 	@touch $@ .venv/demo.stamp

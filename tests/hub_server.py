@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer_json({"errors": [], "warnings": []})
         if self.path == "/api/repos/create":
             asked = json.loads(body)
-            repo = "/".join(asked[key] for key in ("organization", "name") if asked.get(key))
+            repo = f"{asked.get('organization') or 'user'}/{asked['name']}"
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 return self.answer(401, X_Error_Message="Invalid credentials")
             self.server.repos.setdefault(repo, {})

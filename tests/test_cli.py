@@ -787,7 +787,7 @@ def test_evaluate_leaves_out_what_is_broken_if_asked(
     (dark / "gt" / "0.png").unlink()
     told = ["evaluate", "--backbone", network, "--data", str(dark), "--device", "cpu"]
     assert main(told) == 2
-    assert "leave them out with --broken skip" in capsys.readouterr().err
+    assert 'leave them out (broken="skip", or --broken skip)' in capsys.readouterr().err
     assert main([*told, "--broken", "skip"]) == 0
     printed = capsys.readouterr()
     assert "Skipped 1 files" in printed.err

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
@@ -368,5 +369,21 @@ def test_unknown_fields_warn_and_load(kind: Any, hub: HubServer) -> None:
 
 
 def test_figures_are_finite(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"figures\['PSNR'\]=nan"):
-        Perceiver().make(0).save_pretrained(tmp_path, figures={"PSNR": float("nan")})
+    for value in (float("nan"), np.float32("inf")):
+        with pytest.raises(ValueError, match=r"figures\['PSNR'\]=(nan|inf)"):
+            Perceiver().make(0).save_pretrained(tmp_path, figures={"PSNR": value})
+    Perceiver().make(0).save_pretrained(tmp_path, figures={"PSNR": np.float32(31.234)})
+    assert "| PSNR | 31.23 |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_folder_inside_a_file_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot make the folder"):
+        Perceiver().make(0).save_pretrained(tmp_path / "file" / "folder")
+
+
+def test_a_name_alone_is_of_the_user_whose_token_it_is(kind: Any, hub: HubServer) -> None:
+    made = kind.make(0)
+    made.push_to_hub(REPO.removeprefix("user/"), token=TOKEN)
+    assert list(hub.repos) == [REPO]
+    loads(kind, kind.output(made))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, features
 
+from perceive_adapter.data.heads import image_size
 from perceive_adapter.data.images import read_image
 from perceive_adapter.errors import ImageError
 
@@ -126,3 +127,34 @@ def test_a_damaged_avif_is_refused(tmp_path: Path) -> None:
         file.write_bytes(whole[:at] + bytes(32) + whole[at + 32 :])
         with suppress(ImageError):
             read_image(file)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_sizes_and_opened_files_are_turned_as_decoding_does(
+    orientation: int, suffix: str, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"photo.{suffix}"
+    Image.fromarray(PIXELS[..., :3]).save(file, exif=exif)
+    decoded = read_image(file).color
+    assert decoded.shape[2:] == ((7, 5) if 5 <= orientation <= 8 else (5, 7))
+    assert image_size(file) == tuple(decoded.shape[2:])
+    with Image.open(file) as opened:
+        assert torch.equal(read_image(opened).color, decoded)
+
+
+@pytest.mark.parametrize(("mode", "color"), [("L", 3), ("RGB", (1, 2, 3)), ("P", 3)])
+def test_a_transparent_colour_is_alpha(mode: str, color: Any, tmp_path: Path) -> None:
+    image = Image.fromarray(PIXELS[..., :3]).convert(mode)
+    image.save(tmp_path / "image.png", transparency=color)
+    planes = read_image(tmp_path / "image.png")
+    assert planes.alpha is not None
+    assert planes.color.shape[1] == (1 if mode == "L" else 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_deep_images_are_not_to_be_converted(dtype: Any) -> None:
+    with pytest.raises(ImageError, match=r"scale it to 8 bits \(convert\(\) would clip it\)"):
+        read_image(Image.fromarray(PIXELS[..., 0].astype(dtype)))

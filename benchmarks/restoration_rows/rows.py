@@ -18,7 +18,6 @@ from perceive_adapter.training.treated import find_treated
 from restoration_rows.images import TASKS, Case
 from restoration_rows.promptir import Prompted
 
-OURS = ObjectiveWeights(l1=1.0, contrastive=0.1, clip_aware=0.0, difficulty_adaptive=0.0)
 L1 = ObjectiveWeights(l1=1.0, contrastive=0.0, clip_aware=0.0, difficulty_adaptive=0.0)
 TOLD = {"degradations": len(FAMILIES), "severity": len(FAMILIES)}
 
@@ -146,26 +145,26 @@ ORACLE = wrapped(treat=False, perceiver=False, sources=TOLD, treats=TREATED)
 ROWS: dict[str, Row] = {
     "LoRA": Row(lora, like=None, perceives=False),
     "everything": Row(everything, like=None, rates=(2e-4, 5e-4, 1e-3, 2e-3), perceives=False),
-    "wrapped": Row(wrapped(), OURS, like=None),
+    "wrapped": Row(wrapped(), like=None),
     # What it is steered by
-    "works everywhere": Row(wrapped(treat=False), OURS),
-    "oracle": Row(ORACLE, L1, oracle(severity=False), perceives=False),
-    "oracle with severity": Row(ORACLE, L1, oracle(severity=True), perceives=False),
-    "zero perception": Row(wrapped(treat=False), L1, nothing),
-    "without the perceiver": Row(wrapped(treat=False, perceiver=False), OURS, perceives=False),
-    "with the embedding": Row(wrapped(perceiver="perceive-tiny", sources=WITH_EMBEDDING), OURS),
-    "without compact features": Row(wrapped(compact_dim=0), L1),
-    "with semantics": Row(wrapped(semantic="perceive-tiny"), OURS),
-    "with shuffled semantics": Row(wrapped(semantic="perceive-tiny"), OURS, shuffled),
+    "works everywhere": Row(wrapped(treat=False)),
+    "oracle": Row(ORACLE, perceive=oracle(severity=False), perceives=False),
+    "oracle with severity": Row(ORACLE, perceive=oracle(severity=True), perceives=False),
+    "zero perception": Row(wrapped(treat=False), perceive=nothing),
+    "without the perceiver": Row(wrapped(treat=False, perceiver=False), perceives=False),
+    "with the embedding": Row(wrapped(perceiver="perceive-tiny", sources=WITH_EMBEDDING)),
+    "without compact features": Row(wrapped(compact_dim=0)),
+    "with semantics": Row(wrapped(semantic="perceive-tiny")),
+    "with shuffled semantics": Row(wrapped(semantic="perceive-tiny"), perceive=shuffled),
     # What it is made of
-    "low rank alone": Row(wrapped(level=None), OURS),
-    "modulation alone": Row(wrapped(layer=None), OURS),
-    "with cross-attention": Row(wrapped(level="cross_attention"), OURS),
+    "low rank alone": Row(wrapped(level=None)),
+    "modulation alone": Row(wrapped(layer=None)),
+    "with cross-attention": Row(wrapped(level="cross_attention")),
     # What it is trained by
-    "without the contrastive loss": Row(wrapped(), L1),
-    "with the difficulty-adaptive loss": Row(wrapped(), replace(OURS, difficulty_adaptive=0.1)),
-    "with the CLIP-aware loss": Row(wrapped(), replace(OURS, clip_aware=0.05)),
-    "with mixtures": Row(wrapped(), OURS, tasks=(*TASKS, *MIXED), ratios=dict.fromkeys(MIXED, 0.5)),
+    "with the contrastive loss": Row(wrapped(), replace(L1, contrastive=0.1)),
+    "with the difficulty-adaptive loss": Row(wrapped(), replace(L1, difficulty_adaptive=0.1)),
+    "with the CLIP-aware loss": Row(wrapped(), replace(L1, clip_aware=0.05)),
+    "with mixtures": Row(wrapped(), tasks=(*TASKS, *MIXED), ratios=dict.fromkeys(MIXED, 0.5)),
     # Nothing frozen
     "PromptIR's prompts, everything": Row(
         lambda backbone, _: Prompted(backbone),
@@ -173,5 +172,5 @@ ROWS: dict[str, Row] = {
         rates=(2e-4, 5e-4, 1e-3, 2e-3),
         perceives=False,
     ),
-    "wrapped, everything": Row(wrapped(unfreeze=True), OURS, like="everything"),
+    "wrapped, everything": Row(wrapped(unfreeze=True), like="everything"),
 }

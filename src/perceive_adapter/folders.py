@@ -10,6 +10,7 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,7 +77,10 @@ def save_folder(
             "Give the name of a folder; it is made if it does not exist."
         )
     _dump({**config, "sha256": ""})  # fails before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {str(folder)!r}: {error}") from error
     stored = {name: _detached(tensor) for name, tensor in tensors.items()}
     data = safetensors.torch.save(stored, metadata={"format": "pt"})
     _replace(folder / tensors_name, data)
@@ -143,9 +147,10 @@ def figures_table(figures: Mapping[str, float | str] | None) -> str:
         return "## Measured\nNo figures were given when this was saved."
     rows = ["## Measured", "| what | value |", "|---|---|"]
     for what, value in figures.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, Real) and not math.isfinite(value):
             raise ConfigError(f"figures[{what!r}]={value}: expected a finite number or a string.")
-        rows.append(f"| {what} | {f'{value:.4g}' if isinstance(value, float) else value} |")
+        whole = isinstance(value, (Integral, str))
+        rows.append(f"| {what} | {value if whole else f'{value:.4g}'} |")
     return "\n".join(rows)
 
 

@@ -134,7 +134,8 @@ def push_folder(
 
     Args:
         folder: what :func:`save_folder` wrote.
-        repo_id: ``user/repo``; the repository is made if it does not exist.
+        repo_id: ``user/repo``, or ``repo`` of the user whose token it is; the repository is made if
+            it does not exist.
         private: visibility of a repository made now; None for the account's default.
         token: access token, True or None for the one saved on this machine.
         revision: branch to commit to, which must exist; None for the main branch.
@@ -155,7 +156,7 @@ def push_folder(
 
     api = huggingface_hub.HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -173,7 +174,7 @@ def _split(name: str | os.PathLike[str], revision: str | None) -> tuple[str, str
     match = _REPO_ID.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         raise CheckpointError(
-            f"{os.fspath(name)!r} is not an existing folder, and does not have the form of a Hub "
+            f"{os.fspath(name)!r} is not an existing folder, and no string of the form of a Hub "
             "repository, 'user/repo' or 'user/repo@revision'. Check the path."
         )
     if match["revision"] and revision not in (None, match["revision"]):

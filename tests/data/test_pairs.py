@@ -149,9 +149,8 @@ def test_everything_that_is_broken_is_named_first(tmp_path: Path) -> None:
     broken_folder(tmp_path)
     with pytest.raises(ImageError, match="6 of the files") as caught:
         find_pairs(tmp_path)
-    assert 'and 1 more. Mend or remove them, or leave them out with broken="skip".' in str(
-        caught.value
-    )
+    remedy = 'or leave them out (broken="skip", or --broken skip).'
+    assert f"and 1 more. Mend or remove them, {remedy}" in str(caught.value)
 
 
 def test_what_is_broken_may_be_skipped_with_a_count(tmp_path: Path) -> None:

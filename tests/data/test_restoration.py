@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -258,3 +259,10 @@ def test_pairs_that_fit_into_memory_are_read_once(tmp_path: Path) -> None:
     before = draw(source)
     one.degraded.unlink()
     assert torch.equal(draw(source).degraded, before.degraded)
+
+
+def test_indices_of_numpy_draw_the_same_and_tasks_are_named_once() -> None:
+    same = zip(data("rain")[7], data("rain")[np.int64(7)], strict=True)
+    assert all(torch.equal(one, other) for one, other in same)
+    with pytest.raises(ConfigError, match="has rain more than once"):
+        data("rain", "haze", "rain")

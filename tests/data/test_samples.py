@@ -21,6 +21,7 @@ from perceive_adapter.data.samples import (
     draw_severities,
     find_images,
     load_photos,
+    mirrored_to,
     with_surroundings,
 )
 from perceive_adapter.errors import ConfigError, ImageError
@@ -299,3 +300,14 @@ class TestCut:
         (expected,) = cut((blurred,), 32, seeded())
         (actual,) = cut((mix(middle, {"gaussian_blur": 1.0}),), 32, seeded())
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 90), (90, 1), (5, 7), (64, 64)])
+def test_small_photographs_are_mirrored_along_the_sides_that_are_short(
+    height: int, width: int
+) -> None:
+    photo = torch.arange(height * width).view(1, height, width)
+    mirrored = mirrored_to(photo, 64)
+    assert torch.equal(mirrored[:, :height, :width], photo)
+    for found, side in zip(mirrored.shape[1:], (height, width), strict=True):
+        assert found == side if side >= 64 else 64 <= found < 128

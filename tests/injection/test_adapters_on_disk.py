@@ -1,5 +1,6 @@
 """Adapters saved and loaded: exact, small, strict, and safe to read from strangers."""
 
+import copy
 import json
 import resource
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from wrapping import KINDS, relative, wrapped
+from wrapping import KINDS, moved, relative, wrapped
 from zoo import CASES
 
 from perceive_adapter import (
@@ -408,3 +409,49 @@ def test_an_adapter_waits_for_the_weights_of_a_backbone_on_the_meta_device(tmp_p
         empty = CASES["u_shape"].net()
     with pytest.raises(AdapterMismatchError, match="load them first"):
         wrap(empty, tmp_path / "more")
+
+
+@pytest.mark.filterwarnings("ignore:.*with other weights")  # rounded ones
+def test_a_perceiver_in_another_precision_is_the_same_one(tmp_path: Path) -> None:
+    model = wrap(net())
+    model.save_pretrained(tmp_path / "float32")
+    model = wrap(model.unwrap(), tmp_path / "float32").to(torch.bfloat16)
+    model.add_adapter("rain", tmp_path / "float32")
+    model.hotswap_adapter(tmp_path / "float32")
+    model.save_pretrained(tmp_path / "bfloat16")
+    again = wrap(model.unwrap(), tmp_path / "bfloat16")
+    assert again.perceiver_fingerprint == model.perceiver_fingerprint
+
+
+class Recurrent(nn.Module):
+    """Runs one layer under three names, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, step, self.last = (nn.Conv2d(c, d, 3, padding=1) for c, d in SHAPES)
+        self.steps = nn.ModuleList([step, step, step])
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        x = self.first(image)
+        for step in self.steps:
+            x = step(x).relu()
+        return self.last(x)
+
+
+SHAPES = ((3, 8), (8, 8), (8, 3))
+
+
+def test_layers_of_several_names_and_counters_do_not_warn(tmp_path: Path) -> None:
+    original = Recurrent()
+    model = wrap(copy.deepcopy(original), perceiver=False)
+    model.unfreeze("**")
+    moved(model.backbone)
+    model(torch.rand(1, 3, 32, 32))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(original, tmp_path)
+    with pytest.warns(UserWarning, match="other weights"):
+        wrap(Recurrent(), tmp_path)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,33 @@ def _hooked_by_its_owner() -> nn.Module:
     return net
 
 
+def _patched(name: str, forward: Any) -> nn.Module:
+    """Its middle layer does something else, and no other of its class does."""
+    net = _around(nn.Conv2d(8, 8, 3, padding=1))
+    setattr(net[1], name, partial(forward, net[1]))
+    return net
+
+
+def _circular(layer: nn.Conv2d, image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(F.pad(image, [1] * 4, "circular"), weight, bias)
+
+
+def _centered_before_each_pass() -> nn.Module:
+    net = _around(nn.Conv2d(8, 8, 3, padding=1))
+
+    def center(layer: Any, args: Any) -> None:
+        layer.weight.data = layer.weight.data - layer.weight.data.mean((1, 2, 3), True)
+
+    net[1].register_forward_pre_hook(center)
+    return net
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: _patched("forward", Standardized.forward),
+        lambda: _patched("_conv_forward", _circular),
+        _centered_before_each_pass,
         lambda: _around(Standardized(8, 8, 3, padding=1)),
         lambda: _around(Activated(8, 8, 3, padding=1)),
         _hooked_by_its_owner,

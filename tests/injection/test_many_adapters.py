@@ -1,11 +1,13 @@
 """Several adapters on one backbone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from wrapping import injector_like, relative, state, wrapped
 from zoo import CASES
 
-from perceive_adapter import ConfigError, PerceiveModel, SiteError
+from perceive_adapter import ConfigError, PerceiveModel, PerceptionError, SiteError, wrap
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -80,3 +82,38 @@ def test_switching_inside_disabled_enables_the_new_adapter_alone(model: Perceive
     model.set_adapter("default")
     model.set_adapter("rain")
     assert torch.equal(switched, model(IMAGE))
+
+
+def test_adapters_train_as_they_were_added(tmp_path: Path) -> None:
+    wrapped("u_shape").save_pretrained(tmp_path)
+    model = wrap(CASES["u_shape"].net(), tmp_path)
+    model.add_adapter("new")
+    model.add_adapter("read", tmp_path)
+    trains = {}
+    for name in ("new", "read", "default", "new"):
+        model.set_adapter(name)
+        trains[name] = model.status().trainable > 0
+    assert trains == {"new": True, "read": False, "default": False}
+    model.injector.requires_grad_(False)
+    model.set_adapter("default")
+    model.set_adapter("new")
+    assert not model.status().trainable
+
+
+def test_added_inside_inference_mode_it_trains() -> None:
+    model = wrapped("u_shape")
+    with torch.inference_mode():
+        model.add_adapter("new")
+    model.set_adapter("new")
+    model(IMAGE).mean().backward()
+    assert all(p.grad is not None for p in model.trainable_parameters())
+
+
+def test_weights_are_not_swapped_inside_a_fold(tmp_path: Path) -> None:
+    model = wrapped("u_shape")
+    model.save_pretrained(tmp_path)
+    with (
+        model.fold(model.perceive(IMAGE)),
+        pytest.raises(PerceptionError, match=r"fold\(\) is under way"),
+    ):
+        model.hotswap_adapter(tmp_path)

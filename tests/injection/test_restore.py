@@ -381,3 +381,64 @@ def test_of_images_at_several_scales_the_full_one_is_restored() -> None:
     restored = model.restore(image)
     assert restored.shape == image.shape
     torch.testing.assert_close(restored, full, rtol=0, atol=1e-5)
+
+
+def _between(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(zoo.conv(inputs, 8), nn.GELU(), zoo.conv(8, outputs))
+
+
+def test_networks_that_change_the_number_of_channels() -> None:
+    colours = wrap(_between(1, 3), perceiver=False)
+    assert colours.restore(torch.rand(1, 20, 20)).shape == (3, 20, 20)
+    with pytest.raises(ImageError, match="turns gray images into 3 channels; give a gray one"):
+        colours.restore(torch.rand(3, 20, 20))
+    assert wrap(_between(3, 1), perceiver=False).restore(torch.rand(3, 20, 20)).shape == (1, 20, 20)
+    with pytest.raises(BackboneError, match="1 or 3 channels"):
+        wrap(_between(3, 2), perceiver=False).restore(torch.rand(3, 20, 20))
+
+
+class OneShape(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.offset = zoo.Isotropic(), nn.Parameter(torch.zeros(1, 3, 24, 40))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.body(image + self.offset)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (20, 33)])
+def test_a_network_of_one_shape_restores_what_fits(size: tuple[int, int]) -> None:
+    model = wrap(OneShape(), perceiver=False, example=torch.rand(1, 3, 24, 40))
+    assert model.restore(torch.rand(3, *size)).shape == (3, *size)
+
+
+def test_a_range_of_other_channels_is_refused(tmp_path: Path) -> None:
+    net, three = _between(1, 1), ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+    with pytest.raises(ConfigError, match="3 means and stds, and the backbone's images have 1"):
+        wrap(net, value_range=three)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    "image",
+    [torch.rand(3, 64, 64), torch.rand(1, 4, 64, 64), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)],
+    ids=["no batch", "four channels", "uint8"],
+)
+def test_what_is_no_batch_of_images_is_not_perceived(
+    image: torch.Tensor, model: PerceiveModel
+) -> None:
+    with pytest.raises(ImageError, match=r"expected a floating-point tensor \(B, 3, H, W\)"):
+        model.perceive(image)
+
+
+def test_an_opened_photograph_is_turned_as_its_file_is(
+    model: PerceiveModel, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray((PIXELS[:20, :, :3] * 255).astype(np.uint8))
+    image.save(tmp_path / "turned.png", exif=exif)
+    by_path = model.restore(tmp_path / "turned.png")
+    opened = model.restore(Image.open(tmp_path / "turned.png"))
+    assert opened.size == by_path.size == image.size[::-1]
+    assert opened.tobytes() == by_path.tobytes()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,7 +136,7 @@ def test_sites_by_name(sites: Any, levels: list[str], layers: list[str]) -> None
         ("u_shape", "layer:middle", ["'layer:middle'", "no ungrouped Conv2d and no Linear"]),
         ("mixed", "layer:layers.0", ["'layer:layers.0'", "no ungrouped Conv2d"]),
         ("attention", "mha.out_proj", ["mha.out_proj", "never fires"]),
-        ("attention", "mha", ["mha", "not a single tensor"]),
+        ("attention", "mha", ["mha", "not a single real tensor"]),
         ("mixed", "layers", ["layers", "never fires"]),
         ("shared", "block", ["block", "runs 3 times"]),
         ("writes_features", "part", ["part", "changed in place"]),
@@ -390,3 +391,120 @@ def test_convolutions_that_pad_by_themselves_take_no_branch() -> None:
     assert names(plan_sites(net), "layer") == ["2"]
     with pytest.raises(SiteError, match="0: it pads its input by itself"):
         plan_sites(net, sites="layer:0")
+
+
+class Splits(nn.Conv2d):
+    """Gates one half of its output by the other."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        value, gate = super().forward(image).chunk(2, 1)
+        return value * gate.sigmoid()
+
+
+def test_layers_that_give_other_channels_than_their_weight_take_no_branch() -> None:
+    net = nn.Sequential(Splits(3, 16, 3, padding=1), nn.GELU(), zoo.conv(8, 3))
+    assert names(plan_sites(net), "layer") == ["2"]
+    with pytest.raises(SiteError, match="0: its output has other channels than its weight"):
+        plan_sites(net, sites="layer:0")
+
+
+class OneByOne(nn.Module):
+    """Restores the images of a batch in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = zoo.Isotropic()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.body(one[None]) for one in image])
+
+
+def test_a_network_that_takes_a_batch_apart_is_refused() -> None:
+    with pytest.raises(SiteError, match="sees each image of a batch"):
+        plan_sites(OneByOne())
+
+
+class Spectral(nn.Module):
+    """Has a layer that works on frequencies, and a weight of its own that comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.Parameter(torch.ones(8, dtype=torch.cfloat))
+        self.head, self.last = zoo.conv(3, 8), zoo.conv(8, 3)
+        self.mix = nn.Linear(8, 8, dtype=torch.cfloat)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.head(image)
+        frequencies = self.mix(torch.fft.rfft2(x).movedim(1, -1)) * self.gains
+        return self.last(x + torch.fft.irfft2(frequencies.movedim(-1, 1), s=x.shape[-2:]))
+
+
+def test_complex_layers_take_no_branch_and_can_be_unfrozen() -> None:
+    model = wrap(Spectral(), perceiver=False)
+    assert names(model.sites, "layer") == ["head", "last"]
+    assert {"gains", "mix.weight"} < set(model.unfreeze("**"))
+    assert model.restore(torch.rand(3, 20, 20)).shape == (3, 20, 20)
+
+
+class KeptInFloat(nn.Module):
+    """A network in half precision beside parameters that are not."""
+
+    def __init__(self, first: torch.Tensor) -> None:
+        super().__init__()
+        self.first = nn.Parameter(first, requires_grad=False)
+        self.body = zoo.Isotropic().bfloat16()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.body(image)
+
+
+@pytest.mark.parametrize("first", [torch.ones(1), torch.arange(4)], ids=["float32", "int64"])
+def test_images_have_the_precision_of_the_layers(first: torch.Tensor) -> None:
+    model = wrap(KeptInFloat(first), perceiver=False)
+    assert model.size_multiple == 1
+    assert model.restore(torch.rand(3, 20, 20)).shape == (3, 20, 20)
+
+
+def test_nothing_is_unfrozen_where_one_parameter_cannot_train() -> None:
+    model = wrap(KeptInFloat(torch.arange(4)), perceiver=False)
+    with pytest.raises(SiteError, match=r"'first' is torch\.int64; it cannot train"):
+        model.unfreeze("body.**", "first")
+    assert model.status().unfrozen == ()
+
+
+@pytest.mark.parametrize("order", ["unfreeze", "train, unfreeze", "unfreeze, train"])
+def test_unfrozen_modules_that_were_held_in_eval_mode_train(order: str, tmp_path: Path) -> None:
+    model = wrap(zoo.Reparametrized(), perceiver=False)
+    for step in order.split(", "):
+        model.train() if step == "train" else model.unfreeze("**")
+    model.save_pretrained(tmp_path)
+    again = wrap(model.unwrap(), tmp_path, is_trainable=True)
+    again(torch.rand(1, 3, 32, 32)).square().mean().backward()
+    # The merged layers are made of the others.
+    assert all(
+        (parameter.grad is None) == (".merged." in name)
+        for name, parameter in again.backbone.named_parameters()
+    )
+
+
+def test_named_sites_of_a_role_without_prompts_are_refused() -> None:
+    config = AdapterConfig(level=None)
+    with pytest.raises(SiteError, match=r"AdapterConfig\(level=None\) puts no prompts at levels"):
+        plan_sites(zoo.Isotropic(), sites=["level:body.1", "layer:head"], config=config)
+    everything = plan_sites(zoo.Isotropic(), sites="**", config=config)
+    assert not everything.of("level")
+
+
+class TakesSigma(zoo.Isotropic):
+    def forward(self, lq: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return super().forward(lq) + 0 * sigma
+
+
+def test_examples_and_image_arguments_may_be_named_or_placed() -> None:
+    lq, sigma = torch.rand(1, 3, 32, 32), torch.rand(1, 1, 1, 1)
+    plans = [
+        plan_sites(TakesSigma(), example=example, image_arg=image_arg)
+        for example in ((lq, sigma), {"lq": lq, "sigma": sigma})
+        for image_arg in (0, "lq")
+    ]
+    assert plans[0] == plans[1] == plans[2] == plans[3]

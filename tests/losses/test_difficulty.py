@@ -372,6 +372,8 @@ def test_reference_survives_state_dict():
 def test_reference_must_be_finite(psnr):
     with pytest.raises(ConfigError, match="finite"):
         DifficultyAdaptiveLoss().update_difficulty(psnr)
+    with pytest.raises(ConfigError, match="one number"):
+        DifficultyAdaptiveLoss().update_difficulty(torch.tensor([28.5, 30.0]))
 
 
 def test_nothing_to_train_and_frozen_after_train():

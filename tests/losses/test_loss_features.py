@@ -242,6 +242,7 @@ def test_module_outputs_become_a_list(make):
         (lambda x: "levels", "level 0 must be a floating tensor, got str"),
         (lambda x: [x, x.argmax(1)], r"level 1 must be a floating tensor, got torch.int64"),
         (lambda x: x.mean(), r"shape \(\) for a batch of 2"),
+        (lambda x: x.mean((1, 2, 3)), r"shape \(2,\) for a batch of 2"),
         (lambda x: x[0], r"shape \(3, 4, 4\) for a batch of 2"),
     ],
 )
@@ -318,3 +319,15 @@ def test_resolving():
         assert torch.equal(given, expected)
     with pytest.raises(ConfigError, match=r"nn\.Module, got int"):
         resolve_features(3)
+
+
+def test_default_features_made_in_inference_mode_and_on_a_default_device():
+    with torch.inference_mode():
+        features = resolve_features(None)
+    image = torch.rand(1, 3, 32, 32, requires_grad=True)
+    features(image)[-1].sum().backward()
+    assert image.grad.any()
+    with torch.device("meta"):
+        features = resolve_features(None)
+    weight = next(features.body.module.parameters())
+    assert weight.device == features.mean.device == torch.device("meta")

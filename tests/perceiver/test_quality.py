@@ -228,6 +228,10 @@ def replace_data(perceiver: QualityPerceiver) -> None:
     perceiver.prompts.context.data = perceiver.prompts.context.data + 1
 
 
+def write_to_data(perceiver: QualityPerceiver) -> None:
+    perceiver.prompts.context.data.add_(torch.eye(16)[0])  # leaves the version alone
+
+
 def load_other(perceiver: QualityPerceiver) -> None:
     other = copy.deepcopy(perceiver)
     set_context(other, 2.0)
@@ -248,8 +252,15 @@ def wrap_same_memory(perceiver: QualityPerceiver) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda p: set_context(p, 1.0), replace_data, load_other, replace_parameter, wrap_same_memory],
-    ids=["in place", "data", "state_dict", "parameter", "same memory"],
+    [
+        lambda p: set_context(p, 1.0),
+        replace_data,
+        write_to_data,
+        load_other,
+        replace_parameter,
+        wrap_same_memory,
+    ],
+    ids=["in place", "data", "written data", "state_dict", "parameter", "same memory"],
 )
 def test_changed_context_is_encoded_again(
     perceiver: QualityPerceiver, change: Callable[[QualityPerceiver], None]

@@ -10,7 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from perceive_adapter.cli.backbones import add_network, load_network, side_by_side
-from perceive_adapter.cli.options import device, integer, needs, told_by_option
+from perceive_adapter.cli.options import device, integer, needs
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def run(arguments: Namespace) -> int:
                 "among them: give a folder elsewhere."
             )
     skipped: list[str] | None = [] if arguments.broken == "skip" else None
-    with told_by_option():
-        cases = PROTOCOLS[arguments.protocol].cases(arguments.data, skipped)
+    cases = PROTOCOLS[arguments.protocol].cases(arguments.data, skipped)
     if skipped:
         print(f"Skipped {len(skipped)} files, such as: {skipped[0]}.", file=sys.stderr)
     if out is not None:

@@ -104,7 +104,13 @@ def _add_recipe(parser: ArgumentParser) -> None:
     add("--final-learning-rate", type=rate, default=2e-5, metavar="R", help="at the end (2e-5)")
     add("--ema", type=between(0, 1), default=0.0, metavar="D", help="decay of averaged weights (0)")
     weight = between(0, 1e6)
-    add("--contrastive", type=weight, default=0.1, metavar="W", help="weight beside L1's 1 (0.1)")
+    add(
+        "--contrastive",
+        type=weight,
+        default=0.0,
+        metavar="W",
+        help="beside L1's 1 (0; the paper's 0.1)",
+    )
     add("--clip-aware", type=weight, default=0.0, metavar="W", help="(0; the paper's 0.05)")
     add("--difficulty-adaptive", type=weight, default=0.0, metavar="W", help="(0; the paper's 0.1)")
     add(

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from perceive_adapter.cli.options import told_by_option
 from perceive_adapter.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -112,8 +111,7 @@ class _Listing:
 
         items: Sequence[Pair | Path]
         if holds_pairs(folder):
-            with told_by_option():
-                found = find_pairs(folder, broken="skip" if skip else "raise")
+            found = find_pairs(folder, broken="skip" if skip else "raise")
             skipped += found.skipped
             items = found.pairs
         else:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from perceive_adapter.errors import ConfigError, ImageError, MissingDependencyError
+from perceive_adapter.errors import ConfigError, MissingDependencyError
 
-__all__ = ["between", "device", "integer", "needs", "rate", "told_by_option", "with_config"]
+__all__ = ["between", "device", "integer", "needs", "rate", "with_config"]
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -179,15 +178,6 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             "such as learning-rate: 1e-3."
         )
     return options
-
-
-@contextmanager
-def told_by_option() -> Iterator[None]:
-    """Name the option where an error tells users of Python to skip what is broken."""
-    try:
-        yield
-    except ImageError as error:
-        raise ImageError(str(error).replace('broken="skip"', "--broken skip")) from error
 
 
 def device(text: str) -> str:

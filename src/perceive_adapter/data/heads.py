@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["image_size"]
 
-_ORIENTATION: Final = 0x0112  # EXIF's tag; from 5 on, the image is turned by a quarter
+_ORIENTATION: Final = 0x0112  # EXIF's tag
+_QUARTER_TURNS: Final = (5, 6, 7, 8)
+_TIFF_SIZE: Final = (0x0100, 0x0101)  # width and height as they are stored
 _MODES: Final = ("L", "LA", "P", "RGB", "RGBA")
 _TELLING: Final = (b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that hold EXIF
 
@@ -32,10 +34,12 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             mode, (width, height) = image.mode, image.size
-            turned = _orientation(image) >= 5
+            turned = _orientation(image) in _QUARTER_TURNS
+            if image.format == "TIFF":  # of which PIL may have turned the size already
+                width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE)  # type: ignore[attr-defined]
         if not turned and image.format == "PNG":
             with Image.open(_without_pixels(path)) as described:
-                turned = _orientation(described) >= 5
+                turned = _orientation(described) in _QUARTER_TURNS
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{str(path)!r} cannot be read as an image ({error})") from error
     if mode not in _MODES:

@@ -43,8 +43,9 @@ def read_image(image: Image) -> Planes:
     """Read a path, a PIL image, an array or a tensor.
 
     Args:
-        image: a path; a PIL image; an array (H, W) or (H, W, C); a tensor (H, W), (C, H, W) or
-            (B, C, H, W). C is 1 or 3, and 2 or 4 with alpha. uint8, or floating-point in [0, 1].
+        image: a path or a PIL image, which are turned upright; an array (H, W) or (H, W, C); a
+            tensor (H, W), (C, H, W) or (B, C, H, W). C is 1 or 3, and 2 or 4 with alpha. uint8, or
+            floating-point in [0, 1].
 
     Raises:
         ImageError: another kind, shape or dtype, no pixels, NaN or infinite values, or a file
@@ -90,13 +91,18 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
 
 def _from_pil(image: PILImage.Image) -> Planes:
     from PIL import Image as PILImage
+    from PIL import ImageOps
 
-    if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    image = ImageOps.exif_transpose(image)
+    if "transparency" in image.info and image.mode in ("L", "P", "RGB"):
+        image = image.convert("LA" if image.mode == "L" else "RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        deep = image.mode.startswith(("I", "F"))
+        remedy = "scale it to 8 bits (convert() would clip it)" if deep else "convert() it"
         raise ImageError(
-            f"the PIL image has mode {image.mode!r}; expected L, LA, RGB or RGBA, "
-            "see Image.convert()"
+            f"the PIL image has mode {image.mode!r}; expected L, LA, RGB or RGBA: {remedy}"
         )
     planes = _from_array(np.array(image))
     return Planes(planes.color, planes.alpha, lambda out: PILImage.fromarray(planes.pack(out)))

@@ -121,7 +121,7 @@ def find_pairs(
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise ImageError(
             f"{len(problems)} of the files below {str(root)!r} cannot be used: {named}{more}. Mend "
-            'or remove them, or leave them out with broken="skip".'
+            'or remove them, or leave them out (broken="skip", or --broken skip).'
         )
     if not pairs:
         raise ConfigError(f"{str(root)!r} holds no pair that can be used: {_expected()}")

@@ -75,7 +75,8 @@ class CleanPhotos:
         severity: least and greatest, in [0, 1]; each degradation's is drawn evenly from between.
 
     Raises:
-        ConfigError: a task names no degradation, or the severities are no such range.
+        ConfigError: a task names no degradation or is there twice, or the severities are no such
+            range.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class CleanPhotos:
                     )
         if not 0 <= severity[0] <= severity[1] <= 1:
             raise ConfigError(f"severity={severity}: expected least and greatest in [0, 1].")
+        if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
+            raise ConfigError(f"tasks={tasks} has {', '.join(twice)} more than once.")
         self.photos, self.tasks, self.severity = photos, tuple(tasks), severity
         self.mediums = 0
 
@@ -190,7 +193,8 @@ class PairFiles:
             except ImageError as error:
                 if self.broken == "raise":
                     raise ImageError(
-                        f'{error}. Mend or remove the pair, or leave it out with broken="skip".'
+                        f"{error}. Mend or remove the pair, or leave it out "
+                        '(broken="skip", or --broken skip).'
                     ) from error
                 self.skipped.add(pair)
                 warnings.warn(f"skipped a pair: {error}", stacklevel=4)
@@ -320,7 +324,7 @@ class RestorationData(Dataset[RestorationSample]):
         return RestorationSample(*map(torch.stack, zip(*samples, strict=True)))
 
     def _generator(self, index: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * _SEEDS + index) % 2**32)
+        return torch.Generator().manual_seed((self.seed * _SEEDS + int(index)) % 2**32)
 
 
 def _shares(tasks: Sequence[str], ratios: Mapping[str, float]) -> Tensor:

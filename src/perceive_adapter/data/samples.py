@@ -309,9 +309,9 @@ def _resize(photo: Tensor, scale: float) -> Tensor:
 
 def mirrored_to(photo: Tensor, side: int) -> Tensor:
     """Mirror an image (C, H, W) outwards until it holds a crop of ``side``."""
-    while min(photo.shape[1:]) < side:
-        photo = torch.cat([photo, photo.flip(1)], dim=1)
-        photo = torch.cat([photo, photo.flip(2)], dim=2)
+    for axis in (1, 2):
+        while photo.shape[axis] < side:
+            photo = torch.cat([photo, photo.flip(axis)], dim=axis)
     return photo
 
 

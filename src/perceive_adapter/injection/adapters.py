@@ -28,6 +28,7 @@ class AdapterSet(nn.ModuleDict):
     def __init__(self, backbone: nn.Module, name: str, injector: PromptInjector) -> None:
         super().__init__()
         injector.attach(backbone)
+        self._trains: dict[str, bool] = {}  # once it is active, of those that are not
         self.active = name
         self[name] = injector
 
@@ -40,6 +41,11 @@ class AdapterSet(nn.ModuleDict):
     def injector(self) -> PromptInjector:
         """The active injector."""
         return self.named(self.active)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the active injector trains."""
+        return any(parameter.requires_grad for parameter in self.injector.parameters())
 
     def named(self, name: str) -> PromptInjector:
         """Return an injector.
@@ -63,8 +69,16 @@ class AdapterSet(nn.ModuleDict):
                 f"{', '.join(self)}"
             )
 
-    def add(self, backbone: nn.Module, name: str, injector: PromptInjector) -> None:
+    def add(
+        self, backbone: nn.Module, name: str, injector: PromptInjector, *, trains: bool
+    ) -> None:
         """Attach another injector, frozen and inactive.
+
+        Args:
+            backbone: that of the others.
+            name: a new one.
+            injector: not attached.
+            trains: whether it trains once it is active.
 
         Raises:
             ConfigError: the name is taken or cannot be one.
@@ -77,9 +91,10 @@ class AdapterSet(nn.ModuleDict):
         injector.requires_grad_(False)
         injector.enabled = False
         self[name] = injector
+        self._trains[name] = trains
 
     def activate(self, name: str) -> None:
-        """Make an adapter the one that works, and trains if the one before did.
+        """Make an adapter the one that works, and trains if it was added or left so.
 
         Raises:
             ConfigError: there is none of that name.
@@ -87,9 +102,9 @@ class AdapterSet(nn.ModuleDict):
         new, old = self.named(name), self.injector
         if new is old:
             return
-        trains = any(parameter.requires_grad for parameter in old.parameters())
+        self._trains[self.active] = self.trains
         old.requires_grad_(False)
-        new.requires_grad_(trains)
+        new.requires_grad_(self._trains[name])
         new.enabled, old.enabled = old.enabled, False
         self.active = name
 
@@ -103,7 +118,7 @@ class AdapterSet(nn.ModuleDict):
         if name == self.active:
             raise ConfigError(f"adapter {name!r} is active; set_adapter() another one first")
         injector.detach()
-        del self[name]
+        del self[name], self._trains[name]
 
     def check_names(self, names: Sequence[str | None], batch: int) -> None:
         """Raise if ``names`` do not name an adapter, or None, for each image of a batch.

@@ -25,6 +25,7 @@ from perceive_adapter.errors import (
     SiteError,
 )
 from perceive_adapter.folders import figures_table, save_folder
+from perceive_adapter.injection.freezing import hold_in_eval
 from perceive_adapter.injection.injector import PromptInjector, modules_at
 from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.plan import Site, SitePlan
@@ -114,12 +115,23 @@ def fingerprint(
         leave_out: names of weights that do not count, such as ``SitePlan.rewritten``.
     """
     digest = hashlib.sha256()
+    first = _first_names(backbone)
     for name, value in sorted(backbone.state_dict().items()):
-        if isinstance(value, Tensor) and name not in leave_out:
-            value = whole((originals or {}).get(name, value)).detach().cpu().contiguous()
+        known = first.get(name, name)
+        if isinstance(value, Tensor) and known not in leave_out:
+            value = whole((originals or {}).get(known, value)).detach().cpu().contiguous()
             digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
             digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _first_names(backbone: nn.Module) -> dict[str, str]:
+    """From all names of each parameter to the first, which is the one that others know it by."""
+    first: dict[nn.Parameter, str] = {}
+    return {
+        name: first.setdefault(parameter, name)
+        for name, parameter in backbone.named_parameters(remove_duplicate=False)
+    }
 
 
 def whole(value: Tensor) -> Tensor:
@@ -142,7 +154,7 @@ def save_adapter(
     frozen = model.frozen
     if not model.injector.attached:
         raise BackboneError("this model was unwrapped; save it before")
-    tower = model.perceiver
+    tower = model.perceiver_fingerprint
     position, name = model.image_arg
     record = AdapterRecord(
         format_version=FORMAT_VERSION,
@@ -154,7 +166,7 @@ def save_adapter(
             fingerprint(model.backbone, frozen.originals, leave_out=model.sites.rewritten),
             model.sites.backbone_parameters,
         ),
-        perceiver=PerceiverRecord(tower.fingerprint(), model.perceiver_name) if tower else None,
+        perceiver=None if tower is None else PerceiverRecord(tower, model.perceiver_name),
         value_range=model.value_range,
         image_position=position,
         image_name=name,
@@ -243,12 +255,11 @@ def read_beside(
         CheckpointError: missing, damaged, or it does not fit the model.
     """
     file = read_adapter(name_or_path, model.backbone, model.frozen.originals)
-    record, tower = file.record, model.perceiver
+    record = file.record
     steers = None if record.perceiver is None else record.perceiver.fingerprint
     position = (record.image_position, record.image_name)
     differs = {
-        "is steered by another perceiver": steers is not None
-        and (tower is None or tower.fingerprint() != steers),
+        "is steered by another perceiver": steers not in (None, model.perceiver_fingerprint),
         "is steered by another semantic model": record.config.semantic is not None
         and record.config.semantic != model.injector.config.semantic,
         "takes another value range": record.value_range != model.value_range,
@@ -277,6 +288,7 @@ def load_unfrozen(model: PerceiveModel, file: AdapterFile, *, is_trainable: bool
             parameter = model.backbone.get_parameter(name)
             parameter.copy_(value)
             parameter.requires_grad_(is_trainable)
+    hold_in_eval(model.backbone, model.sites.eval_only, training=model.training)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

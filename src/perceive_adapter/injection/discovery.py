@@ -18,7 +18,16 @@ from perceive_adapter.injection.layouts import Traces, layer_layout, level_featu
 from perceive_adapter.injection.levels import choose_levels
 from perceive_adapter.injection.modes import find_eval_only
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
-from perceive_adapter.injection.probe import Example, Trace, check_image, image_in, quiet, trace
+from perceive_adapter.injection.probe import (
+    Example,
+    Trace,
+    check_image,
+    image_argument,
+    image_in,
+    quiet,
+    trace,
+    weight_like_images,
+)
 from perceive_adapter.injection.prompts import is_dense, weight_shape
 from perceive_adapter.injection.verify import verified
 
@@ -66,7 +75,8 @@ def plan_sites(
     """
     config = config or AdapterConfig()
     check_backbone(backbone)
-    before = [(name, p, p._version, p.detach()) for name, p in backbone.named_parameters()]
+    parameters = [(name, p, p._version, p.detach()) for name, p in backbone.named_parameters()]
+    buffers = [(name, b, _version(b)) for name, b in backbone.named_buffers()]
     with quiet(backbone):
         given, base = dry_run(backbone, example, image_arg)
         traces, scale = _traces(backbone, given, base)
@@ -83,12 +93,21 @@ def plan_sites(
         output = base.output if traces.size is None or small is given else traces.size.output
         plan = plan.replace(eval_only=find_eval_only(backbone, plan, small))
         plan = verified(backbone, plan, config, small, output, named=named)
-    rewritten = (
+        now = dict(backbone.named_buffers())
+        rewritten = [
+            name for name, b, version in buffers if now.get(name) is not b or _version(b) != version
+        ]
+    rewritten += (
         name
-        for name, parameter, version, data in before
+        for name, parameter, version, data in parameters
         if parameter._version != version or parameter.data_ptr() != data.data_ptr()
     )
     return plan.replace(rewritten=tuple(rewritten))
+
+
+def _version(buffer: Tensor) -> int:
+    """How often a buffer has been written to, as far as torch counts it."""
+    return 0 if buffer.is_inference() else buffer._version
 
 
 def _find(
@@ -97,10 +116,10 @@ def _find(
     modules = dict(backbone.named_modules())
     if sites is None:
         found = _discover(backbone, modules, traces)
+        found = [site for site in found if getattr(config, site.role) is not None]
     else:
         patterns = [sites] if isinstance(sites, str) else list(sites)
-        found = _named(patterns, modules, traces)
-    found = [site for site in found if getattr(config, site.role) is not None]
+        found = _named(patterns, modules, traces, config)
     if not found:
         raise SiteError(
             f"no injection site was found in {type(backbone).__name__}: of its {len(modules)} "
@@ -117,7 +136,7 @@ def dry_run(backbone: nn.Module, example: Any, image_arg: int | str) -> tuple[Ex
         BackboneError: the backbone refuses the example, or every guess where none is given.
     """
     if example is not None:
-        given = _as_example(example, image_arg)
+        given = _as_example(backbone, example, image_arg)
         check_image(given.image, None, "the example's image")
         return given, _traced(backbone, given)
     problem: BackboneError | None = None
@@ -134,7 +153,7 @@ def dry_run(backbone: nn.Module, example: Any, image_arg: int | str) -> tuple[Ex
 
 
 def _guesses(backbone: nn.Module, image_arg: int | str) -> Iterator[Example]:
-    like = next(iter(backbone.parameters()), torch.empty(0))
+    like = weight_like_images(backbone)
     first = [m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)][:1]
     for channels in dict.fromkeys([*(c for c in first if c <= 16), 3, 1, 4]):
         generator = torch.Generator().manual_seed(0)
@@ -145,14 +164,15 @@ def _guesses(backbone: nn.Module, image_arg: int | str) -> Iterator[Example]:
             yield Example((image,), {}, image_arg)
 
 
-def _as_example(example: Any, image_arg: int | str) -> Example:
+def _as_example(backbone: nn.Module, example: Any, image_arg: int | str) -> Example:
     if isinstance(example, Tensor):
         if isinstance(image_arg, str):
             return Example((), {image_arg: example}, image_arg)
         example = (example,)
+    position, name = image_argument(backbone, image_arg)
     if isinstance(example, Mapping):
-        return Example((), dict(example), image_arg)
-    return Example(tuple(example), {}, image_arg)
+        return Example((), dict(example), image_arg if name is None else name)
+    return Example(tuple(example), {}, image_arg if position is None else position)
 
 
 def _traced(backbone: nn.Module, example: Example) -> Trace:
@@ -264,7 +284,12 @@ def _level_site(name: str, traces: Traces, reason: str) -> Site | str:
     return Site(name, "level", feature.channels, feature.stride, feature.layout, reason=reason)
 
 
-def _named(patterns: Sequence[str], modules: Mapping[str, nn.Module], traces: Traces) -> list[Site]:
+def _named(
+    patterns: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    traces: Traces,
+    config: AdapterConfig,
+) -> list[Site]:
     """Turn names and globs into sites; every pattern has to match something usable."""
     chosen: dict[tuple[str, str], Site] = {}
     for pattern in patterns:
@@ -275,6 +300,9 @@ def _named(patterns: Sequence[str], modules: Mapping[str, nn.Module], traces: Tr
         found, problems = [], []
         for name in names:
             kind = role or ("layer" if is_dense(modules[name]) else "level")
+            if getattr(config, kind) is None:
+                problems.append(f"{name}: AdapterConfig({kind}=None) puts no prompts at {kind}s")
+                continue
             site = (
                 _layer_site(name, modules, traces, f"named by {pattern!r}")
                 if kind == "layer"

@@ -86,6 +86,7 @@ def _foldable(
     for prompt in injector.prompt_sites:
         module = injector.module_at(prompt.site)
         weight = module._parameters.get("weight")
-        if weight is not None and prompt.folds(module):
+        rewritten = f"{prompt.site.name}.weight" in injector.plan.rewritten
+        if weight is not None and prompt.folds(module) and not rewritten:
             found[prompt.site.name] = module, prompt, weight
     return found

@@ -43,10 +43,12 @@ class FrozenBackbone:
         names = list(
             dict.fromkeys(n for p in patterns for n in matching(p, parameters, "parameter"))
         )
+        for name in names:
+            parameter = parameters[name]
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                raise SiteError(f"parameter {name!r} is {parameter.dtype}; it cannot train")
         self.keep(names)
         for name in names:
-            if not parameters[name].is_floating_point():
-                raise SiteError(f"parameter {name!r} is {parameters[name].dtype}; it cannot train")
             parameters[name].requires_grad_(True)
         return names
 
@@ -93,20 +95,21 @@ class FrozenBackbone:
         self._names = self._find_names()
 
 
-def hold_in_eval(backbone: nn.Module, eval_only: Iterable[str]) -> None:
+def hold_in_eval(backbone: nn.Module, eval_only: Iterable[str], *, training: bool = True) -> None:
     """Keep frozen modules in eval mode that would update statistics, or run other layers.
 
     Args:
-        backbone: in training mode.
+        backbone: in the mode that ``training`` says, but for these modules.
         eval_only: names of modules, see :class:`~.plan.SitePlan`. Those of which something trains
-            are left in training mode.
+            follow ``training``.
+        training: whether the model trains.
     """
     names = set(eval_only)
     for name, module in backbone.named_modules():
         if _updates_statistics(module):
             module.eval()
-        elif name in names and not any(p.requires_grad for p in module.parameters()):
-            module.training = False
+        elif name in names:
+            module.training = training and any(p.requires_grad for p in module.parameters())
 
 
 def _updates_statistics(module: nn.Module) -> bool:

@@ -267,7 +267,7 @@ def check_backbone(
         without_weights: whether it may be on the meta device.
 
     Raises:
-        BackboneError: no module, without parameters, on several devices, on the meta device, or
+        BackboneError: no module, on several devices, on the meta device, or
             with weights that were made under ``torch.inference_mode()``.
         CompiledBackboneError: compiled or scripted.
         AlreadyWrappedError: it carries the hooks of an injector.
@@ -289,7 +289,8 @@ def check_backbone(
             if not hooked and isinstance(getattr(hook, "__self__", None), PromptSite):
                 raise AlreadyWrappedError(
                     "the backbone is wrapped already; use the model that wraps it, its "
-                    "add_adapter(), or unwrap() it first"
+                    "add_adapter(), or unwrap() it first (of a copy: copy the model, and unwrap "
+                    "that)"
                 )
     if any(parameter.is_inference() for parameter in backbone.parameters()):
         raise BackboneError(

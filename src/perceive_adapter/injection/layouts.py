@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.injection.plan import Layout
 from perceive_adapter.injection.probe import Call, Trace
+from perceive_adapter.injection.prompts import weight_shape
 
 __all__ = ["Feature", "Traces", "layer_layout", "level_feature"]
 
@@ -55,7 +56,7 @@ def level_feature(name: str, traces: Traces) -> Feature | str:
         return f"it runs {len(calls)} times in one forward pass"
     shape = calls[0].output_shape
     if shape is None:
-        return "its output is not a single tensor"
+        return "its output is not a single real tensor"
     if len(shape) not in (3, 4) or shape[0] != 1:
         return f"its output {shape} is no feature map"
     other = _only_call(traces.size, name)
@@ -65,7 +66,7 @@ def level_feature(name: str, traces: Traces) -> Feature | str:
     if sizes is None or len(sizes) != len(shape):
         return f"the layout of its output {shape} cannot be told"
     if not _keeps_batch(name, traces):
-        return f"its output {shape} does not have the batch as its first axis"
+        return f"its output {shape} does not grow with the batch in its first axis"
     spatial = [i for i in range(1, len(shape)) if shape[i] != sizes[i]]
     channel = [i for i in range(1, len(shape)) if i not in spatial]
     if len(spatial) != len(shape) - 2:
@@ -79,9 +80,9 @@ def level_feature(name: str, traces: Traces) -> Feature | str:
 def _keeps_batch(name: str, traces: Traces) -> bool:
     """Tell whether twice the images give twice the output, as far as that could be tried."""
     one, two = _only_call(traces.single, name), _only_call(traces.batch, name)
-    if one is None or two is None or one.output_shape is None:
+    if one is None or one.output_shape is None or traces.batch is None:
         return True
-    return two.output_shape == (2, *one.output_shape[1:])
+    return two is not None and two.output_shape == (2, *one.output_shape[1:])
 
 
 def _guess_feature(shape: tuple[int, ...], call: Call, traces: Traces) -> Feature | str:
@@ -137,12 +138,14 @@ def layer_layout(name: str, module: nn.Module, traces: Traces) -> Layout | str:
     if not calls:
         return "its hook never fires in a forward pass"
     if any(call.input_shape is None or call.output_shape is None for call in calls):
-        return "it is not called with one tensor, or does not give one"
+        return "it is not called with one real tensor, or does not give one"
     if any(call.input_changed for call in calls):
         return "its input is changed in place afterwards"
     if any(_pads_by_itself(module, call) for call in calls):
         return "it pads its input by itself, which a branch beside it would not"
     axis = -1 if isinstance(module, nn.Linear) else 1
+    if any(not _gives_channels(module, call, axis) for call in calls):
+        return "its output has other channels than its weight"
     if traces.batch is None:
         return Layout(0, axis)
     single, doubled = traces.single.calls.get(name, []), traces.batch.calls.get(name, [])
@@ -152,6 +155,12 @@ def layer_layout(name: str, module: nn.Module, traces: Traces) -> Layout | str:
     if len(found) > 1:
         return "its calls differ in where they have the batch"
     return found.pop()
+
+
+def _gives_channels(module: nn.Module, call: Call, axis: int) -> bool:
+    """Tell whether a dense layer's output is what its weight makes of its input."""
+    before, after = call.input_shape or (), call.output_shape or ()
+    return len(before) == len(after) and after[axis] == weight_shape(module)[0]
 
 
 def _pads_by_itself(module: nn.Module, call: Call) -> bool:

@@ -72,6 +72,8 @@ class PerceiveModel(nn.Module):
         self.adapters = AdapterSet(backbone, "default", injector)
         self.perceiver = perceiver
         self.perceiver_name = perceiver_name
+        # As it was given: .to(dtype) casts it too, and it is the same perceiver still.
+        self.perceiver_fingerprint = perceiver.fingerprint() if perceiver is not None else None
         self.semantic = semantic
         self.image_arg = image_arg
         self.value_range = value_range or ValueRange()
@@ -84,7 +86,7 @@ class PerceiveModel(nn.Module):
                 tower.requires_grad_(False).eval()
         self.training = backbone.training  # not train(), which would undo an eval() of its parts
         self.adapters.train(backbone.training)
-        hold_in_eval(backbone, self.sites.eval_only)
+        hold_in_eval(backbone, self.sites.eval_only, training=backbone.training)
 
     # Running
 
@@ -170,7 +172,11 @@ class PerceiveModel(nn.Module):
         Returns:
             What this model's sources are: compact features (with gradient, as they are trained),
             the perceiver's outputs and semantic vectors (without).
+
+        Raises:
+            ImageError: the image is no floating-point (B, C, H, W) tensor.
         """
+        image = check_image(image, self.sites.image_channels, "the image")
         unit = self.value_range.to_unit(image)
         return _completed(self._seen(unit), self.injector, unit)
 
@@ -195,9 +201,9 @@ class PerceiveModel(nn.Module):
         """Restore one image, or a batch, of any common kind and size; without gradients.
 
         Args:
-            image: a path, a PIL image, an array (H, W), (H, W, C) or a tensor (H, W),
-                (C, H, W), (B, C, H, W); C = 1 gray, 3 RGB, 2 or 4 with alpha; uint8 in
-                [0, 255] or floating-point in [0, 1]. Alpha is passed through.
+            image: a path or a PIL image, which are turned upright as EXIF says, an array (H, W),
+                (H, W, C) or a tensor (H, W), (C, H, W), (B, C, H, W); C = 1 gray, 3 RGB, 2 or 4
+                with alpha; uint8 in [0, 255] or floating-point in [0, 1]. Alpha is passed through.
             tile: side of the tiles in pixels, for images that do not fit into memory; None runs
                 the whole image at once. All tiles share the perception of the whole image.
             overlap: how many pixels neighbouring tiles share; of it the outer three eighths
@@ -338,7 +344,9 @@ class PerceiveModel(nn.Module):
             BackboneError: the model was unwrapped.
         """
         with self._in_turn(folded=False):
-            return self.frozen.unfreeze(patterns)
+            names = self.frozen.unfreeze(patterns)
+            hold_in_eval(self.backbone, self.sites.eval_only, training=self.training)
+            return names
 
     def treat(self, *degradations: str) -> None:
         """Let the active adapter work only where one of these degradations is perceived.
@@ -376,11 +384,12 @@ class PerceiveModel(nn.Module):
                 if part is not self.backbone or self.injector.attached:
                     part.train(mode)
             if self.injector.attached:
-                hold_in_eval(self.backbone, self.sites.eval_only)
+                hold_in_eval(self.backbone, self.sites.eval_only, training=mode)
         return self
 
     # Adapters
 
+    @torch.inference_mode(False)  # what is made there could not be trained
     def add_adapter(
         self, name: str, adapter: PromptInjector | str | os.PathLike[str] | None = None
     ) -> None:
@@ -407,13 +416,15 @@ class PerceiveModel(nn.Module):
                 "adapter: add adapters before, which costs nothing while they are not active, or "
                 "put other weights into one with hotswap_adapter()"
             )
+        trains = True
         if adapter is None:
             adapter = PromptInjector(self.sites, self.injector.config)
         elif not isinstance(adapter, PromptInjector):
             adapter = read_beside(self, adapter).injector
+            trains = self.adapters.trains
         like = next(self.injector.parameters())
         with self._in_turn():
-            self.adapters.add(self.backbone, name, adapter.to(like.device))
+            self.adapters.add(self.backbone, name, adapter.to(like.device), trains=trains)
 
     def hotswap_adapter(self, pretrained: str | os.PathLike[str], name: str | None = None) -> None:
         """Put a saved adapter's weights into an adapter of the same make, in place.
@@ -429,15 +440,20 @@ class PerceiveModel(nn.Module):
             ConfigError: there is no adapter of that name.
             CheckpointError: the saved adapter is missing or damaged, or has other sites, another
                 config, or something else to steer it.
+            PerceptionError: a fold is under way.
+            BackboneError: the model was unwrapped.
         """
-        injector = self.adapters.named(self.adapters.active if name is None else name)
-        file = read_beside(self, pretrained, like=injector)
-        with self.adapters.lock:  # not while another thread restores
+        with self._in_turn(folded=False):  # not while another thread restores
+            injector = self.adapters.named(self.adapters.active if name is None else name)
+            file = read_beside(self, pretrained, like=injector)
             injector.load_state_dict(file.injector.state_dict())
             injector.treat(file.record.config.treats)
 
     def set_adapter(self, name: str) -> None:
-        """Make an adapter the one that is used and trained.
+        """Make an adapter the one that is used.
+
+        It trains if it is a new one, or is as it was when it was last active; one that was read
+        into the model trains if the model's own did.
 
         Raises:
             ConfigError: there is none of that name.
@@ -446,8 +462,7 @@ class PerceiveModel(nn.Module):
         """
         with self._in_turn(folded=False):
             self.adapters.activate(name)
-            if self.training:
-                hold_in_eval(self.backbone, self.sites.eval_only)
+            hold_in_eval(self.backbone, self.sites.eval_only, training=self.training)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter that is not active.
@@ -499,7 +514,7 @@ class PerceiveModel(nn.Module):
             What the Hub answers: where the upload can be seen.
 
         Raises:
-            As :meth:`save_pretrained`, and HubError where the upload fails.
+            As :meth:`save_pretrained`, and CheckpointError where the upload fails.
         """
         return push_adapter(self, repo_id, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceive_adapter.errors import BackboneError, ImageError
+from perceive_adapter.errors import BackboneError, ConfigError, ImageError
+from perceive_adapter.injection.prompts import is_dense
 
-__all__ = ["Call", "Example", "Trace", "image_in", "quiet", "trace"]
+__all__ = [
+    "Call",
+    "Example",
+    "Trace",
+    "check_image",
+    "image_argument",
+    "image_in",
+    "quiet",
+    "trace",
+    "weight_like_images",
+]
 
 SAMPLES = 4096
 
@@ -107,6 +119,25 @@ def _seed(device: torch.device) -> None:
     if device.type == "cuda":  # torch.manual_seed would reach the other devices too
         with torch.cuda.device(device):
             torch.cuda.manual_seed(0)
+
+
+def image_argument(backbone: nn.Module, image_arg: int | str) -> tuple[int | None, str | None]:
+    """Return position and name of the image argument, as far as the signature tells them.
+
+    Raises:
+        ConfigError: it is neither a position from 0 nor a keyword.
+    """
+    counted = isinstance(image_arg, int) and not isinstance(image_arg, bool) and image_arg >= 0
+    if not counted and not isinstance(image_arg, str):
+        raise ConfigError(f"image_arg={image_arg!r}; expected a position from 0, or a keyword")
+    names = [
+        parameter.name
+        for parameter in inspect.signature(backbone.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if isinstance(image_arg, str):
+        return (names.index(image_arg) if image_arg in names else None), image_arg
+    return image_arg, names[image_arg] if image_arg < len(names) else None
 
 
 @dataclass
@@ -213,17 +244,21 @@ class _Recorder:
             while call.name != name:  # a call below was left by an exception that was caught
                 call = self.running.pop()
             call.end = next(self.clock)
-            if args and isinstance(args[0], Tensor):
+            if args and _is_real(args[0]):
                 call.input, call.version = args[0], args[0]._version
                 call.input_shape = tuple(args[0].shape)
                 if self.fingerprints and args[0].ndim > 1:
                     call.rows = _fingerprint(args[0])
-            if isinstance(output, Tensor):
+            if _is_real(output):
                 call.output_shape = tuple(output.shape)
             self.result.calls.setdefault(name, []).append(call)
 
         stack.callback(module.register_forward_pre_hook(before).remove)
         stack.callback(module.register_forward_hook(after).remove)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_complex()
 
 
 def _fingerprint(features: Tensor) -> Tensor:
@@ -232,6 +267,19 @@ def _fingerprint(features: Tensor) -> Tensor:
     rows = rows[:, :: rows.shape[1] // SAMPLES | 1].float()
     pattern = torch.arange(rows.shape[1], device=rows.device, dtype=torch.float32).cos()
     return rows @ pattern
+
+
+def weight_like_images(backbone: nn.Module) -> Tensor:
+    """Return a weight of the dtype and device that a backbone's images have.
+
+    That of its first dense layer: other parameters may be kept in another precision.
+    """
+    layers = (module for module in backbone.modules() if is_dense(module))
+    for module in (*layers, backbone):
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                return parameter
+    return torch.empty(0)
 
 
 def image_in(output: Any, batch: int) -> Tensor:

@@ -201,6 +201,8 @@ def is_dense(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Tell whether a dense layer does what torch's own does, with the weight that it holds."""
     kind = type(module)
+    if not {"forward", "_conv_forward"}.isdisjoint(vars(module)):  # patched on this one alone
+        return False
     if isinstance(module, nn.Conv2d):
         own = nn.Conv2d.forward, nn.Conv2d._conv_forward
         return (kind.forward, kind._conv_forward) == own  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perceive_adapter.data.images import Image, read_image
 from perceive_adapter.errors import BackboneError, ConfigError, ImageError
-from perceive_adapter.injection.probe import image_in
+from perceive_adapter.injection.probe import image_in, weight_like_images
 from perceive_adapter.injection.tiling import Grid, weights
 from perceive_adapter.modes import keeping_modes
 
@@ -49,9 +49,14 @@ def restore_image(
         restored = torch.cat(
             [_restore_one(model, one[None], tile, overlap, batch_size) for one in inputs]
         )
-    if channels == 1:
+    if channels == 1 and not gray:
+        if restored.shape[1] != 1:
+            raise ImageError(
+                f"the image has colors, and the backbone turns gray images into {restored.shape[1]}"
+                " channels; give a gray one"
+            )
         restored = restored.view(color.shape[0], -1, *restored.shape[-2:])
-    elif gray:
+    elif channels == 3 and gray:
         restored = restored.mean(dim=1, keepdim=True)
     result = _as_type(restored, color.dtype)
     if planes.alpha is not None:
@@ -93,8 +98,7 @@ def _run_tiles(model: PerceiveModel, image: Tensor, grid: Grid, batch_size: int)
 
     scale = model.sites.scale
     height, width = (round(side * scale) for side in grid.size)
-    dtype = torch.promote_types(next(model.backbone.parameters()).dtype, torch.float32)
-    total = torch.zeros(1, image.shape[1], height, width, device=image.device, dtype=dtype)
+    total: Tensor | None = None
     progress = tqdm(
         total=len(grid), desc="restore", unit="tile", delay=PROGRESS_AFTER_SECONDS, disable=None
     )
@@ -103,6 +107,10 @@ def _run_tiles(model: PerceiveModel, image: Tensor, grid: Grid, batch_size: int)
         while corners := list(islice(remaining, batch_size)):
             tiles = torch.cat([_cut(image, corner, grid.tile) for corner in corners])
             outputs = _call(model, _network_input(model, tiles))
+            if total is None:
+                dtype = torch.promote_types(outputs.dtype, torch.float32)
+                size = (1, outputs.shape[1], height, width)
+                total = torch.zeros(size, device=image.device, dtype=dtype)
             for (top, left), output in zip(corners, outputs, strict=True):
                 rows = weights(grid, top, 0, scale).to(total.device)
                 columns = weights(grid, left, 1, scale).to(total.device)
@@ -110,6 +118,7 @@ def _run_tiles(model: PerceiveModel, image: Tensor, grid: Grid, batch_size: int)
                 target = total[0, :, y : y + len(rows), x : x + len(columns)]
                 target += output.to(total) * rows[:, None] * columns
             progress.update(len(corners))
+    assert total is not None
     total /= _weight_sum(grid, 0, scale, height).to(total)[:, None]
     total /= _weight_sum(grid, 1, scale, width).to(total)
     return total
@@ -136,17 +145,17 @@ def _call(model: PerceiveModel, image: Tensor) -> Tensor:
         ) from error
     restored = image_in(output, image.shape[0])
     expected = tuple(round(side * model.sites.scale) for side in image.shape[-2:])
-    if tuple(restored.shape[-2:]) != expected:
+    if tuple(restored.shape[-2:]) != expected or restored.shape[1] not in (1, 3):
         raise BackboneError(
-            f"the backbone turned {tuple(image.shape)} into {tuple(restored.shape)}; expected "
-            f"height and width {expected}"
+            f"the backbone turned {tuple(image.shape)} into {tuple(restored.shape)}; restore() "
+            f"expects height and width {expected}, and 1 or 3 channels"
         )
     return model.value_range.to_unit(restored)
 
 
 def _network_input(model: PerceiveModel, image: Tensor) -> Tensor:
     """Convert to the backbone's dtype, device and range."""
-    like = next(model.backbone.parameters())
+    like = weight_like_images(model.backbone)
     unit = image.to(like) / 255 if image.dtype == torch.uint8 else image.to(like)
     return model.value_range.from_unit(unit)
 
@@ -172,7 +181,11 @@ def _padded_size(model: PerceiveModel, image: Tensor) -> tuple[int, int]:
     multiple = model.size_multiple
     height, width = (_round_up(side, multiple) for side in image.shape[-2:])
     least = model.sites.probe_size
-    if (height < least[0] or width < least[1]) and not _runs(model, (height, width)):
+    fits = image.shape[-2] <= least[0] and image.shape[-1] <= least[1]
+    small = height < least[0] or width < least[1]
+    if (fits or small) and (height, width) != least and not _runs(model, (height, width)):
+        if fits:
+            return least
         height, width = (
             _round_up(max(side, small), multiple)
             for side, small in zip((height, width), least, strict=True)

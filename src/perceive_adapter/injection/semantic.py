@@ -56,10 +56,8 @@ class SemanticGuidance(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return (B, L, S)."""
-        image = F.interpolate(
-            image.to(self.mean), (self.size, self.size), mode="bicubic", antialias=True
-        )
-        image = (image.clamp(0, 1) - self.mean) / self.std
+        image = F.interpolate(image.float(), (self.size, self.size), mode="bicubic", antialias=True)
+        image = (image.clamp(0, 1).to(self.mean) - self.mean) / self.std
         if not self.prefixed:
             features = self.tower.forward_features(image)
             if features.ndim == 4:

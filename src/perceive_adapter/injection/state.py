@@ -161,7 +161,8 @@ class ConditionState:
         if not self.armed:
             raise PerceptionError(
                 "the wrapped backbone was called by itself, without a fresh perception; call the "
-                "PerceiveModel, or use its disabled() context, or unwrap() it"
+                "PerceiveModel, or use its disabled() context, or unwrap() it (a copy of a wrapped "
+                "backbone is still wrapped: copy the model, and unwrap the copy)"
             )
         return self.now
 

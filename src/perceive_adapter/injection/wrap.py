@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, Union
@@ -20,6 +19,7 @@ from perceive_adapter.injection.discovery import plan_sites
 from perceive_adapter.injection.injector import PromptInjector, check_backbone
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import ValueRange
+from perceive_adapter.injection.probe import image_argument
 from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.perceiver.quality import QualityPerceiver
 
@@ -86,7 +86,7 @@ def wrap(
     """
     check_backbone(backbone, without_weights=pretrained is not None)
     values = ValueRange.of(value_range)
-    argument = _image_argument(backbone, image_arg)
+    argument = image_argument(backbone, image_arg)
     if pretrained is not None:
         if sites is not None or config is not None:
             raise ConfigError(
@@ -156,7 +156,7 @@ def _load(
         image_arg=agree(
             "image_arg",
             image_arg,
-            _image_argument(backbone, 0),
+            image_argument(backbone, 0),
             (record.image_position, record.image_name),
         ),
         value_range=agree("value_range", value_range, ValueRange(), record.value_range),
@@ -169,6 +169,12 @@ def _assemble(
     backbone: nn.Module, injector: PromptInjector, is_trainable: bool, **options: Any
 ) -> PerceiveModel:
     """Build the model; nothing of the backbone has been touched before this."""
+    channels, values = injector.plan.image_channels, options["value_range"]
+    if len(values.mean) not in (1, channels):
+        raise ConfigError(
+            f"value_range has {len(values.mean)} means and stds, and the backbone's images have "
+            f"{channels} channels: give one for each channel, or one for all"
+        )
     like = next(backbone.parameters(), None)
     if like is not None and not like.is_meta:
         for module in (injector, options["perceiver"], options["semantic"]):
@@ -244,18 +250,3 @@ def _with_sources(
             "the sources of the perceptions that you will give, AdapterConfig(sources=...)"
         )
     return dataclasses.replace(config, sources=sources)
-
-
-def _image_argument(backbone: nn.Module, image_arg: int | str) -> tuple[int | None, str | None]:
-    """Return position and name of the image argument, as far as the signature tells them."""
-    counted = isinstance(image_arg, int) and not isinstance(image_arg, bool) and image_arg >= 0
-    if not counted and not isinstance(image_arg, str):
-        raise ConfigError(f"image_arg={image_arg!r}; expected a position from 0, or a keyword")
-    names = [
-        parameter.name
-        for parameter in inspect.signature(backbone.forward).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if isinstance(image_arg, str):
-        return (names.index(image_arg) if image_arg in names else None), image_arg
-    return image_arg, names[image_arg] if image_arg < len(names) else None

@@ -46,7 +46,8 @@ class DifficultyAdaptiveLoss(nn.Module):
     as long as that of L1; with the customary constant of 1e-7 instead, up to six million times.
 
     All is computed in float32 (float64 for float64 images), also under autocast: the distance of
-    two similar images is lost in half precision. Target, degraded and medium images are constants.
+    two similar images is lost in half precision. So leave the loss itself in float32: features are
+    computed in the dtype of their weights. Target, degraded and medium images are constants.
 
     Sources: Perceive-IR, IEEE TIP 2025, arXiv 2408.15994, restoration stage (the loss); AECR-Net,
     CVPR 2021, contrastive regularization (the ratio of distances).
@@ -104,6 +105,10 @@ class DifficultyAdaptiveLoss(nn.Module):
         Raises:
             ConfigError: `psnr` is not one finite number.
         """
+        if isinstance(psnr, Tensor) and psnr.numel() != 1:
+            raise ConfigError(
+                f"the reference PSNR must be one number, in dB, got a tensor {tuple(psnr.shape)}"
+            )
         value = float(psnr)
         if not math.isfinite(value):
             raise ConfigError(f"the reference PSNR must be finite, in dB, got {value}")

@@ -85,7 +85,7 @@ class ModuleFeatures(nn.Module):
     through it to the image alone.
 
     Args:
-        module: from (B, 3, H, W) to a tensor, a sequence or a mapping of tensors (B, ...).
+        module: from (B, 3, H, W) to a tensor, a sequence or a mapping of tensors (B, C, ...).
         weights: one per level; None takes `module.weights` where the module has them, and else
             equal weights that sum to 1.
         mean: per channel, subtracted from the images before the module sees them.
@@ -93,7 +93,7 @@ class ModuleFeatures(nn.Module):
 
     Raises:
         ConfigError: a negative weight, or a std that is not above 0.
-        LossInputError: on a call whose result is not made of floating tensors (B, ...), or is
+        LossInputError: on a call whose result is not made of floating tensors (B, C, ...), or is
             not one per weight.
 
     Example:
@@ -107,6 +107,7 @@ class ModuleFeatures(nn.Module):
     mean: Tensor
     std: Tensor
 
+    @torch.inference_mode(False)  # buffers made there could not take part in a backward pass
     def __init__(
         self,
         module: nn.Module,
@@ -131,10 +132,10 @@ class ModuleFeatures(nn.Module):
         # change the caller's image.
         levels = _as_levels(self.body((images - self.mean) / self.std))
         for index, level in enumerate(levels):
-            if level.ndim < 1 or level.shape[0] != images.shape[0]:
+            if level.ndim < 2 or level.shape[0] != images.shape[0]:
                 raise LossInputError(
                     f"feature level {index} has shape {tuple(level.shape)} for a batch of "
-                    f"{images.shape[0]}: the batch dimension must come first"
+                    f"{images.shape[0]}: the batch dimension must come first, and features after it"
                 )
         if self.weights is not None and len(levels) != len(self.weights):
             raise LossInputError(
@@ -179,7 +180,8 @@ def timm_features(name: str, *, pretrained: bool = True) -> ModuleFeatures:
     ``vgg16`` (also with a weight tag) gives the levels of Perceive-IR's difficulty-adaptive loss:
     relu1_2, conv2_2 (before its ReLU), relu3_1 and relu3_3 with weights 1/12, 1/6, 1/3 and 1; the
     rest of the network is dropped, and images must have at least 4 x 4 pixels. Any other name
-    gives timm's ``features_only`` levels with equal weights that sum to 1.
+    gives timm's ``features_only`` levels with equal weights that sum to 1; transformers among them
+    may take images of one size alone.
 
     Args:
         name: of a timm model, such as ``vgg16``, ``resnet18`` or ``hf-hub:owner/model``.

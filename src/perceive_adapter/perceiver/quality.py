@@ -29,9 +29,10 @@ class QualityPerceiver(nn.Module):
 
     Make one with :meth:`create` or :meth:`from_pretrained`. The logits are
     ``logit_scale * cos(image, prompt)``, with CLIP's own scale, in training (:meth:`tier_loss`), in
-    scoring and in any loss that is built on ``tiers``. Only the prompts' context trains; the
-    towers stay frozen and in eval mode. Gradients reach the image, so a frozen perceiver serves in
-    a loss.
+    scoring and in any loss that is built on ``tiers``. The prompts' context trains, and the heads
+    that tell degradations, if there are any (``heads.loss``, as :meth:`tier_loss` trains the
+    context alone); the towers stay frozen and in eval mode. Gradients reach the image, so a frozen
+    perceiver serves in a loss.
 
     An image is perceived through at most ``config.views`` square crops at native resolution
     (:func:`~perceive_adapter.data.views.native_views`), of the size that the image tower takes:
@@ -83,7 +84,7 @@ class QualityPerceiver(nn.Module):
         self.prompts = prompts
         self.heads = heads
         self.config = config
-        self._text_cache: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+        self._text_cache: tuple[Tensor, tuple[object, ...], Tensor, Tensor] | None = None
         self._scored = False
 
     @classmethod
@@ -388,7 +389,13 @@ class QualityPerceiver(nn.Module):
         kept = not context.is_inference()  # such a tensor does not count its versions
         key = (context._version if kept else 0, context.data_ptr(), context.dtype, context.device)
         cached = self._text_cache
-        if kept and cached is not None and cached[0] is context and cached[1] == key:
+        if (
+            kept
+            and cached is not None
+            and (cached[0] is context and cached[1] == key)
+            # Writing to .data changes no version; on a GPU, a look at the values would wait for it.
+            and (context.device.type != "cpu" or torch.equal(cached[3], context))
+        ):
             return cached[2]
         # Out of the caller's modes, which later calls need not share.
         with (
@@ -397,7 +404,8 @@ class QualityPerceiver(nn.Module):
             torch.autocast(context.device.type, enabled=False),
         ):
             features = self.towers.encode_prompts(self.prompts())
-        self._text_cache = (context, key, features) if kept else None
+            values = context.detach().clone()
+        self._text_cache = (context, key, features, values) if kept else None
         return features
 
     def tier_logits(self, embedding: Tensor) -> Tensor:

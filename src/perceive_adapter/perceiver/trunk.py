@@ -124,6 +124,7 @@ def perceive_tiny(pretrained: bool = False, **options: Any) -> StatisticsTrunk:
     return StatisticsTrunk()
 
 
+@torch.inference_mode(False)  # what is made there could not take part in a backward pass
 def load_trunk() -> StatisticsTrunk:
     """Return the bundled perceiver's trunk with its weights, without building the perceiver."""
     _, tensors = load_folder(ASSETS / "perceive-tiny", CONFIG_NAME, TENSORS_NAME)
@@ -132,7 +133,7 @@ def load_trunk() -> StatisticsTrunk:
     with torch.device("meta"):
         trunk = StatisticsTrunk()
     trunk.load_state_dict(weights, assign=True)
-    return trunk.requires_grad_(False).eval()
+    return trunk.to(torch.get_default_device()).requires_grad_(False).eval()
 
 
 def register_trunk() -> None:
