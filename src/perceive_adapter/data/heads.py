@@ -30,13 +30,14 @@ def image_size(path: Path) -> tuple[int, int]:
         ImageError: it is no image, or has another mode than 8 bits of gray or RGB.
     """
     from PIL import Image
+    from PIL.TiffImagePlugin import TiffImageFile
 
     try:
         with Image.open(path) as image:
             mode, (width, height) = image.mode, image.size
             turned = _orientation(image) in _QUARTER_TURNS
-            if image.format == "TIFF":  # of which PIL may have turned the size already
-                width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE)  # type: ignore[attr-defined]
+            if isinstance(image, TiffImageFile):  # PIL may have turned the size already
+                width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE)
         if not turned and image.format == "PNG":
             with Image.open(_without_pixels(path)) as described:
                 turned = _orientation(described) in _QUARTER_TURNS

@@ -69,11 +69,12 @@ def _measure(x: Tensor, references: Tensor) -> Tensor:
     block_n, block = _blocks(references, _BLOCK)
     splits = min(triton.cdiv(_PROGRAMS, batch), triton.cdiv(size, block))
     sums = x.new_empty((splits, count, batch), dtype=torch.float32)
-    _forward[(batch * splits,)](
-        x, references, sums, count, batch, size, splits,
-        x.stride(0), references.stride(0), references.stride(1),
-        BLOCK_N=block_n, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _forward[(batch * splits,)](
+            x, references, sums, count, batch, size, splits,
+            x.stride(0), references.stride(0), references.stride(1),
+            BLOCK_N=block_n, BLOCK=block,
+        )  # fmt: skip
     return summed(sums, torch.float32)
 
 
@@ -83,11 +84,12 @@ def _gradient(grad: Tensor, x: Tensor, references: Tensor) -> Tensor:
     block_n, block = _blocks(references, _BLOCK_BACKWARD)
     tiles = triton.cdiv(size, block)
     grad_x = x.new_empty((batch, size))
-    _backward[(batch * tiles,)](
-        grad, x, references, grad_x, count, batch, size, tiles,
-        x.stride(0), references.stride(0), references.stride(1),
-        BLOCK_N=block_n, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _backward[(batch * tiles,)](
+            grad, x, references, grad_x, count, batch, size, tiles,
+            x.stride(0), references.stride(0), references.stride(1),
+            BLOCK_N=block_n, BLOCK=block,
+        )  # fmt: skip
     return grad_x
 
 

@@ -97,12 +97,13 @@ def add_product(x: Tensor, low: Tensor, gated: Tensor) -> Tensor:
         batch, channels, positions = x.shape
         block_c, block_n = _block(channels, 64), _block(positions, 64)
         grid = (batch * triton.cdiv(channels, block_c) * triton.cdiv(positions, block_n),)
-        _forward[grid](
-            x, low, gated, out, channels, positions, low.shape[1],
-            *x.stride(), *out.stride(), *low.stride(), *gated.stride(),
-            BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(low.shape[1], _MAX_RANK),
-            WIDE=INTERPRETED,  # the interpreter multiplies no bfloat16 matrices
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _forward[grid](
+                x, low, gated, out, channels, positions, low.shape[1],
+                *x.stride(), *out.stride(), *low.stride(), *gated.stride(),
+                BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(low.shape[1], _MAX_RANK),
+                WIDE=INTERPRETED,  # the interpreter multiplies no bfloat16 matrices
+            )  # fmt: skip
     return out
 
 
@@ -118,12 +119,13 @@ def _gradients(grad: Tensor, low: Tensor, gated: Tensor) -> tuple[Tensor, Tensor
     splits = min(triton.cdiv(positions, block_n), triton.cdiv(_PROGRAMS, batch))
     splits = min(splits, max(1, positions // (8 * low.shape[1])))  # sums stay small beside the rest
     sums = grad.new_empty((splits, *gated.shape), dtype=torch.float32)
-    _backward[(batch * splits,)](
-        grad, low, gated, of_low, sums, channels, positions, low.shape[1], splits, batch,
-        *grad.stride(), *low.stride(), *of_low.stride(), *gated.stride(),
-        BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(low.shape[1], _MAX_RANK),
-        WIDE=INTERPRETED, num_warps=4 if block_c <= 256 else 8,
-    )  # fmt: skip
+    with torch.cuda.device_of(grad):
+        _backward[(batch * splits,)](
+            grad, low, gated, of_low, sums, channels, positions, low.shape[1], splits, batch,
+            *grad.stride(), *low.stride(), *of_low.stride(), *gated.stride(),
+            BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(low.shape[1], _MAX_RANK),
+            WIDE=INTERPRETED, num_warps=4 if block_c <= 256 else 8,
+        )  # fmt: skip
     return of_low, summed(sums, gated.dtype)
 
 

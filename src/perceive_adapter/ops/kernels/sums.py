@@ -34,7 +34,8 @@ def summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     numbers = out.numel()
-    _sum[(triton.cdiv(numbers, _BLOCK),)](
-        parts, out, parts.shape[0], numbers, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK
-    )
+    with torch.cuda.device_of(parts):
+        _sum[(triton.cdiv(numbers, _BLOCK),)](
+            parts, out, parts.shape[0], numbers, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK
+        )
     return out
