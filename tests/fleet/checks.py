@@ -109,7 +109,8 @@ def reloads(member: Member, model: PerceiveModel) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         expected = member.run(model, image)
         model.save_pretrained(folder)
-        again = wrap(member.net(), folder)
+        # torch.matmul rounds otherwise where no factor requires a gradient, on some processors.
+        again = wrap(member.net(), folder, is_trainable=True)
         assert torch.equal(member.run(again, image), expected)
 
 
