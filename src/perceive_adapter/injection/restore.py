@@ -52,8 +52,8 @@ def restore_image(
     if channels == 1 and not gray:
         if restored.shape[1] != 1:
             raise ImageError(
-                f"the image has colors, and the backbone turns gray images into {restored.shape[1]}"
-                " channels; give a gray one"
+                "the image has colours, and the backbone turns gray images into "
+                f"{restored.shape[1]} channels; give a gray one"
             )
         restored = restored.view(color.shape[0], -1, *restored.shape[-2:])
     elif channels == 3 and gray:
