@@ -155,3 +155,13 @@ def test_treat_names_degradations_that_the_perceiver_tells(
         wrapped("u_shape").treat("rain")
     again = wrap(model.unwrap(), tmp_path)
     assert torch.equal(again(clean, perception=seen), bare)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_semantics_guide_in_half_precision(dtype: torch.dtype) -> None:
+    model = wrap(zoo.UShape(), config=AdapterConfig(semantic="perceive-tiny"))
+    image = torch.rand(2, 3, 32, 32)
+    expected = model.perceive(image).semantic
+    found = model.to(dtype).perceive(image.to(dtype)).semantic
+    assert found.dtype == dtype
+    assert torch.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99

@@ -22,6 +22,7 @@ from perceive_adapter import (
     ConfigError,
     ImageError,
     Layout,
+    PerceiveModel,
     SiteError,
     SitePlan,
     plan_sites,
@@ -472,19 +473,21 @@ def test_nothing_is_unfrozen_where_one_parameter_cannot_train() -> None:
     assert model.status().unfrozen == ()
 
 
+def _untrained(model: PerceiveModel) -> set[str]:
+    """Names of the backbone's parameters that get no gradient."""
+    model(torch.rand(1, 3, 32, 32)).square().mean().backward()
+    return {name for name, p in model.backbone.named_parameters() if p.grad is None}
+
+
 @pytest.mark.parametrize("order", ["unfreeze", "train, unfreeze", "unfreeze, train"])
 def test_unfrozen_modules_that_were_held_in_eval_mode_train(order: str, tmp_path: Path) -> None:
     model = wrap(zoo.Reparametrized(), perceiver=False)
     for step in order.split(", "):
         model.train() if step == "train" else model.unfreeze("**")
+    merged = {name for name, _ in model.backbone.named_parameters() if ".merged." in name}
+    assert _untrained(model) == merged  # which are made of the others
     model.save_pretrained(tmp_path)
-    again = wrap(model.unwrap(), tmp_path, is_trainable=True)
-    again(torch.rand(1, 3, 32, 32)).square().mean().backward()
-    # The merged layers are made of the others.
-    assert all(
-        (parameter.grad is None) == (".merged." in name)
-        for name, parameter in again.backbone.named_parameters()
-    )
+    assert _untrained(wrap(model.unwrap(), tmp_path, is_trainable=True)) == merged
 
 
 def test_named_sites_of_a_role_without_prompts_are_refused() -> None:

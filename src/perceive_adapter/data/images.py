@@ -52,13 +52,15 @@ def read_image(image: Image) -> Planes:
             that cannot be read.
     """
     if isinstance(image, (str, os.PathLike)):
-        image = open_image(Path(image), os.fspath(image))
+        return _from_pil(open_image(Path(image), os.fspath(image)))
     if isinstance(image, Tensor):
         return _from_tensor(image)
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if hasattr(image, "getbands"):
-        return _from_pil(image)
+        from PIL import ImageOps
+
+        return _from_pil(ImageOps.exif_transpose(image))
     raise ImageError(
         f"an image is a {type(image).__name__}; expected a path, a PIL image, an array or a tensor"
     )
@@ -91,9 +93,7 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
 
 def _from_pil(image: PILImage.Image) -> Planes:
     from PIL import Image as PILImage
-    from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
     if "transparency" in image.info and image.mode in ("L", "P", "RGB"):
         image = image.convert("LA" if image.mode == "L" else "RGBA")
     elif image.mode == "P":

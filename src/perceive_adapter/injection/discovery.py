@@ -75,8 +75,7 @@ def plan_sites(
     """
     config = config or AdapterConfig()
     check_backbone(backbone)
-    parameters = [(name, p, p._version, p.detach()) for name, p in backbone.named_parameters()]
-    buffers = [(name, b, _version(b)) for name, b in backbone.named_buffers()]
+    before = [(name, t, t.detach(), _version(t)) for name, t in _weights(backbone).items()]
     with quiet(backbone):
         given, base = dry_run(backbone, example, image_arg)
         traces, scale = _traces(backbone, given, base)
@@ -93,21 +92,25 @@ def plan_sites(
         output = base.output if traces.size is None or small is given else traces.size.output
         plan = plan.replace(eval_only=find_eval_only(backbone, plan, small))
         plan = verified(backbone, plan, config, small, output, named=named)
-        now = dict(backbone.named_buffers())
-        rewritten = [
-            name for name, b, version in buffers if now.get(name) is not b or _version(b) != version
-        ]
-    rewritten += (
-        name
-        for name, parameter, version, data in parameters
-        if parameter._version != version or parameter.data_ptr() != data.data_ptr()
-    )
-    return plan.replace(rewritten=tuple(rewritten))
+        now = _weights(backbone)
+        rewritten = tuple(
+            name
+            for name, weight, data, version in before
+            if now.get(name) is not weight
+            or weight.data_ptr() != data.data_ptr()
+            or _version(weight) != version
+        )
+    return plan.replace(rewritten=rewritten)
 
 
-def _version(buffer: Tensor) -> int:
-    """How often a buffer has been written to, as far as torch counts it."""
-    return 0 if buffer.is_inference() else buffer._version
+def _weights(backbone: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+
+
+def _version(weight: Tensor) -> int:
+    """How often a weight has been written to, as far as torch counts it."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _find(

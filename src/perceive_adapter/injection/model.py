@@ -443,9 +443,10 @@ class PerceiveModel(nn.Module):
             PerceptionError: a fold is under way.
             BackboneError: the model was unwrapped.
         """
-        with self._in_turn(folded=False):  # not while another thread restores
+        with self._in_turn(folded=False):
             injector = self.adapters.named(self.adapters.active if name is None else name)
-            file = read_beside(self, pretrained, like=injector)
+        file = read_beside(self, pretrained, like=injector)  # meanwhile others may restore
+        with self._in_turn(folded=False):
             injector.load_state_dict(file.injector.state_dict())
             injector.treat(file.record.config.treats)
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -275,7 +276,7 @@ def weight_like_images(backbone: nn.Module) -> Tensor:
     That of its first dense layer: other parameters may be kept in another precision.
     """
     layers = (module for module in backbone.modules() if is_dense(module))
-    for module in (*layers, backbone):
+    for module in chain(layers, [backbone]):
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 return parameter

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from warnings import warn
 
 import torch
@@ -22,6 +22,15 @@ from perceive_adapter.perceiver.prompts import TierPrompts, tier_words
 from perceive_adapter.perceiver.towers import ClipTowers, build_clip, embed_words
 
 __all__ = ["QualityPerceiver"]
+
+
+class _EncodedText(NamedTuple):
+    """Features of prompts, and by what it is told whether they are still those of the context."""
+
+    context: Tensor
+    key: tuple[object, ...]
+    values: Tensor
+    features: Tensor
 
 
 class QualityPerceiver(nn.Module):
@@ -84,7 +93,7 @@ class QualityPerceiver(nn.Module):
         self.prompts = prompts
         self.heads = heads
         self.config = config
-        self._text_cache: tuple[Tensor, tuple[object, ...], Tensor, Tensor] | None = None
+        self._text_cache: _EncodedText | None = None
         self._scored = False
 
     @classmethod
@@ -392,11 +401,12 @@ class QualityPerceiver(nn.Module):
         if (
             kept
             and cached is not None
-            and (cached[0] is context and cached[1] == key)
+            and cached.context is context
+            and cached.key == key
             # Writing to .data changes no version; on a GPU, a look at the values would wait for it.
-            and (context.device.type != "cpu" or torch.equal(cached[3], context))
+            and (context.device.type != "cpu" or torch.equal(cached.values, context))
         ):
-            return cached[2]
+            return cached.features
         # Out of the caller's modes, which later calls need not share.
         with (
             torch.inference_mode(False),
@@ -405,7 +415,7 @@ class QualityPerceiver(nn.Module):
         ):
             features = self.towers.encode_prompts(self.prompts())
             values = context.detach().clone()
-        self._text_cache = (context, key, features, values) if kept else None
+        self._text_cache = _EncodedText(context, key, values, features) if kept else None
         return features
 
     def tier_logits(self, embedding: Tensor) -> Tensor:
