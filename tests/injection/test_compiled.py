@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch._dynamo.testing
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from wrapping import moved, oracle, relative, wrapped
 from zoo import CASES
 
-from perceive_adapter import PerceiveModel, wrap
+from perceive_adapter import PerceiveModel, Perception, wrap
 
 NETWORKS = ("nafnet", "restormer", "swinir")
 
@@ -76,3 +81,61 @@ def test_cuda_graphs_restore_the_same(case: str) -> None:
             expected = model(image)
             for _ in range(3):  # the second records the graph, the third replays it
                 assert relative(compiled(image), expected) < 1e-3
+
+
+def operations(model: torch.nn.Module, *args: torch.Tensor, **known: Perception) -> Counter[str]:
+    """What is left of a model where nobody uses the result of an operation."""
+    found: Counter[str] = Counter()
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=aot_autograd(fw_compiler=count), fullgraph=True)(*args, **known)
+    return found
+
+
+@torch.no_grad()
+def test_layers_run_once_with_folded_weights_for_one_image() -> None:
+    bare, image = CASES["nafnet"].net(), CASES["nafnet"].images(1, 64)
+    convolutions = "aten.convolution.default"
+    expected = operations(bare, image)[convolutions]
+    model = wrapped("nafnet")
+    moved(model.injector)
+    assert operations(model, image, perception=oracle(1))[convolutions] == expected
+    pair = CASES["nafnet"].images(2, 64)
+    assert operations(model, pair, perception=oracle(2))[convolutions] > expected
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@torch.no_grad()
+def test_hooks_of_others_see_and_change_what_they_did(images: int) -> None:
+    torch._dynamo.reset()
+    model, image, seen = wrapped("nafnet"), CASES["nafnet"].images(images, 64), oracle(images)
+    moved(model.injector)
+    named = dict(model.backbone.named_modules())
+    layers = [named[name] for name in model.status().layers]
+    before = model(image, perception=seen)
+    for layer in layers[::3]:
+        layer.register_forward_hook(lambda _, args, output: 1.1 * output)
+        layer._forward_hooks.move_to_end(next(iter(layer._forward_hooks)))  # before ours
+    expected = model(image, perception=seen)
+    assert relative(expected, before) > 1e-3
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert relative(compiled(image, perception=seen), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_an_inactive_adapter_on_the_same_layers_changes_nothing() -> None:
+    torch._dynamo.reset()
+    model, image, seen = wrapped("nafnet"), CASES["nafnet"].images(1, 64), oracle(1)
+    moved(model.injector)
+    model.add_adapter("other")
+    moved(model.adapters.named("other"), seed=5)
+    expected = model(image, perception=seen)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert relative(compiled(image, perception=seen), expected) < 1e-5
+    model.set_adapter("other")
+    assert relative(model(image, perception=seen), expected) > 1e-3
+    assert relative(compiled(image, perception=seen), model(image, perception=seen)) < 1e-5

@@ -49,7 +49,7 @@ class Branches:
         """
         found: dict[str, Tensor] = {}
         for names, gated in self._gated(condition):
-            found |= zip(names, gated.unbind(), strict=True)
+            found.update(zip(names, gated.unbind(), strict=True))
         return found
 
     @torch.no_grad()
@@ -67,13 +67,16 @@ class Branches:
         for names, gated in self._gated(condition):
             down = torch.stack([self._downs[name].weight for name in names])
             products = torch.bmm(gated[:, 0], down.flatten(2)).unbind()
-            found |= {
-                name: product.view_as(weights[name]).to(weights[name].dtype)
-                for name, product in zip(names, products, strict=True)
-                if name in weights
-            }
-        if found:
-            torch._foreach_add_(list(found.values()), [weights[name] for name in found])
+            for name, product in zip(names, products, strict=True):
+                if name in weights:
+                    found[name] = product.view_as(weights[name]).to(weights[name].dtype)
+        if not found:
+            return found
+        own = [weights[name] for name in found]
+        if torch.compiler.is_compiling():  # where writing into a part of a tensor copies all of it
+            sums = torch._foreach_add(own, list(found.values()))
+            return dict(zip(found, sums, strict=True))
+        torch._foreach_add_(list(found.values()), own)
         return found
 
     def _gated(self, condition: Tensor) -> Iterator[tuple[list[str], Tensor]]:

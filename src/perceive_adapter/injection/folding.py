@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceive_adapter.injection.injector import PromptInjector, PromptSite
+from perceive_adapter.injection.injector import PromptInjector
 
 __all__ = ["folded_weights", "hidden_weights"]
 
@@ -30,20 +30,21 @@ def folded_weights(injector: PromptInjector, condition: Tensor) -> Iterator[None
             to it that one thread at a time runs its backbone.
         condition: (1, L, C + 1).
     """
-    layers = _foldable(injector) if injector.plan.folds else {}
-    originals = {name: weight for name, (_, _, weight) in layers.items()}
+    foldable = injector.foldable() if injector.plan.folds else []
+    layers = {prompt.site.name: (module, prompt) for module, prompt, _ in foldable}
+    originals = {prompt.site.name: weight for _, prompt, weight in foldable}
     folded = injector.branches.folded(condition, originals)
     swapped: list[str] = []
     try:
         for name, together in folded.items():
-            module, prompt, _ = layers[name]
+            module, prompt = layers[name]
             module._parameters["weight"] = nn.Parameter(together, requires_grad=False)
             prompt.fold.under_way, prompt.fold.address = True, together.data_ptr()
             swapped.append(name)
         yield
     finally:
         for name in swapped:
-            module, prompt, _ = layers[name]
+            module, prompt = layers[name]
             module._parameters["weight"] = originals[name]
             prompt.fold.under_way = False
 
@@ -56,7 +57,7 @@ def hidden_weights(injector: PromptInjector) -> Iterator[None]:
         injector: attached.
     """
     with ExitStack() as stack:
-        for module, _, weight in _foldable(injector).values():
+        for module, _, weight in injector.foldable():
             blank = weight.new_full((), torch.nan).expand(weight.shape)
             _hide(module, weight, nn.Parameter(blank, requires_grad=False), stack)
         yield
@@ -76,17 +77,3 @@ def _hide(module: nn.Module, weight: nn.Parameter, blank: nn.Parameter, stack: E
     stack.callback(module.register_forward_pre_hook(show).remove)
     stack.callback(module.register_forward_hook(hide).remove)
     hide()
-
-
-def _foldable(
-    injector: PromptInjector,
-) -> dict[str, tuple[nn.Module, PromptSite, nn.Parameter]]:
-    """Layers that hold the weights that their branches can be a part of, by name."""
-    found = {}
-    for prompt in injector.prompt_sites:
-        module = injector.module_at(prompt.site)
-        weight = module._parameters.get("weight")
-        rewritten = f"{prompt.site.name}.weight" in injector.plan.rewritten
-        if weight is not None and prompt.folds(module) and not rewritten:
-            found[prompt.site.name] = module, prompt, weight
-    return found

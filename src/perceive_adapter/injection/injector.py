@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -67,9 +68,11 @@ class PromptSite(nn.Module):
             return None
         source = args[0] if args else output
         known: dict[str, Any] = {}
-        if self.is_branch and not torch.compiler.is_compiling():
+        if self.is_branch:
+            if args and (weight := told.folded.get(self.site.name)) is not None:
+                return _with_weight(module, source, weight)
             known["gated"] = told.gated.get(self.site.name)
-            known["in_place"] = self._is_alone(module)
+            known["in_place"] = not torch.compiler.is_compiling() and self._is_alone(module)
         condition = at_depth(told.condition, self.depth)
         changed: Tensor = self.prompt(output, condition, source, **known)
         self.state.hold(changed)
@@ -78,19 +81,6 @@ class PromptSite(nn.Module):
     def _is_alone(self, module: nn.Module) -> bool:
         """Whether nobody else has seen the module's output, so that it may be written over."""
         return not torch.is_grad_enabled() and is_plain(module) and len(module._forward_hooks) == 1
-
-    def folds(self, module: nn.Module) -> bool:
-        """Whether the branch can be a part of the module's weight.
-
-        Not where a layer does more than its kind does, nor where somebody else's hook has changed
-        its output before the branch is added.
-        """
-        hooks = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
-        return (
-            self.is_branch
-            and is_plain(module)
-            and all(isinstance(owner, PromptSite) for owner in hooks)
-        )
 
     def _is_folded(self, module: nn.Module) -> bool:
         """Whether the layer ran with the folded weight, which some networks put another over."""
@@ -205,6 +195,35 @@ class PromptInjector(nn.Module):
         """Return the module of the attached backbone at ``site``."""
         return self._hooked[site.role, site.name]
 
+    def foldable(self, *, traced: bool = False) -> list[tuple[nn.Module, PromptSite, nn.Parameter]]:
+        """Return the layers whose weights branches can be a part of, with both.
+
+        Not those that do more than their kind does, nor where somebody else's hook has changed the
+        output before the branch is added.
+
+        Args:
+            traced: torch.compile is at work, which cannot tell whose a hook is; then not where
+                other injectors have hooks either.
+        """
+        found = []
+        for prompt in self.prompt_sites:
+            module = self.module_at(prompt.site)
+            weight = module._parameters.get("weight")
+            rewritten = f"{prompt.site.name}.weight" in self.plan.rewritten
+            if weight is None or rewritten or not (prompt.is_branch and is_plain(module)):
+                continue
+            if traced:
+                own = 2 if ("level", prompt.site.name) in self._hooked else 1
+                ours = len(module._forward_hooks) == own
+            else:
+                owners = [
+                    getattr(hook, "__self__", None) for hook in module._forward_hooks.values()
+                ]
+                ours = all(isinstance(owner, PromptSite) for owner in owners)
+            if ours:
+                found.append((module, prompt, weight))
+        return found
+
     def perceive(self, image: Tensor) -> Perception:
         """Return the compact features of images (B, C, H, W) in [0, 1].
 
@@ -238,8 +257,22 @@ class PromptInjector(nn.Module):
             condition: of each image, or of all.
             this: the pass, where other injectors of the backbone take part in it.
         """
-        gated = {} if torch.compiler.is_compiling() else self.branches.gated(condition)
-        self.state.arm(condition, gated, this)
+        folded = self._folded_in_trace(condition) if this is None else {}
+        gated = {} if folded else self.branches.gated(condition)
+        self.state.arm(condition, gated, folded, this)
+
+    def _folded_in_trace(self, condition: Tensor) -> dict[str, Tensor]:
+        """Folded weights by name, where torch.compile traces a pass of one condition.
+
+        The hooks then run their layers once more, with these; the first run, which nobody uses, is
+        no part of what is compiled. A layer with others' hooks keeps its branch.
+        """
+        traced = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
+        if not (traced and self.plan.folds and condition.shape[0] == 1):
+            return {}
+        foldable = self.foldable(traced=True)
+        weights = {prompt.site.name: weight for _, prompt, weight in foldable}
+        return self.branches.folded(condition, weights)
 
     def disarm(self) -> None:
         """End the forward pass; its backward pass still finds the condition."""
@@ -304,6 +337,15 @@ def check_backbone(
             "one real device first (a saved adapter may also be wrapped around one on the meta "
             "device, whose weights come later)"
         )
+
+
+def _with_weight(module: nn.Module, source: Tensor, weight: Tensor) -> Tensor:
+    """Run a plain layer with another weight."""
+    if isinstance(module, nn.Conv2d):
+        output: Tensor = module._conv_forward(source, weight, module.bias)
+        return output
+    assert isinstance(module, nn.Linear)
+    return F.linear(source, weight, module.bias)
 
 
 def modules_at(plan: SitePlan, backbone: nn.Module) -> dict[tuple[str, str], nn.Module]:

@@ -143,7 +143,7 @@ class PerceiveModel(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run under torch.compile or torch.export, which do not fold by themselves."""
+        """Run under torch.compile or torch.export."""
         self._check_wrapped()
         injector = self.injector
         if torch.compiler.is_dynamo_compiling():  # an exported graph is a copy

@@ -201,11 +201,12 @@ def is_dense(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Tell whether a dense layer does what torch's own does, with the weight that it holds."""
     kind = type(module)
-    if not {"forward", "_conv_forward"}.isdisjoint(vars(module)):  # patched on this one alone
+    own = module.__dict__
+    if "forward" in own or "_conv_forward" in own:  # patched on this one alone
         return False
     if isinstance(module, nn.Conv2d):
-        own = nn.Conv2d.forward, nn.Conv2d._conv_forward
-        return (kind.forward, kind._conv_forward) == own  # type: ignore[attr-defined]
+        plain = nn.Conv2d.forward, nn.Conv2d._conv_forward
+        return (kind.forward, kind._conv_forward) == plain  # type: ignore[attr-defined]
     return kind.forward is nn.Linear.forward
 
 

@@ -19,10 +19,14 @@ __all__ = ["ConditionState", "ForwardPass", "Lock", "Passes"]
 
 
 class Told(NamedTuple):
-    """What hooks are told: a condition (B, L, C + 1), and ``Branches.gated`` where it is known."""
+    """What hooks are told: a condition (B, L, C + 1), and what branches make of it, by their names.
+
+    ``Branches.gated`` where it is known, and ``Branches.folded`` where layers run with that.
+    """
 
     condition: Tensor
     gated: Mapping[str, Tensor]
+    folded: Mapping[str, Tensor]
 
 
 class ForwardPass:
@@ -98,6 +102,7 @@ class ConditionState:
         self,
         condition: Tensor,
         gated: Mapping[str, Tensor] | None = None,
+        folded: Mapping[str, Tensor] | None = None,
         this: ForwardPass | None = None,
     ) -> None:
         """Set the condition (B, L, C + 1) of the forward pass that begins.
@@ -105,9 +110,10 @@ class ConditionState:
         Args:
             condition: of each image, or of all.
             gated: see :meth:`Branches.gated`.
+            folded: see :meth:`Branches.folded`, of layers that their hooks run again with it.
             this: the pass, where other injectors take part in it; None begins one.
         """
-        self.now = Told(condition, gated or {})
+        self.now = Told(condition, gated or {}, folded or {})
         self.this = None
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self.this = this or self.passes.begin()

@@ -117,7 +117,7 @@ def _gradients(grad: Tensor, low: Tensor, gated: Tensor) -> tuple[Tensor, Tensor
     block_c = _block(channels, _MAX_CHANNELS)
     block_n = _block(positions, max(_LEAST, min(64, 16384 // block_c)))
     splits = min(triton.cdiv(positions, block_n), triton.cdiv(_PROGRAMS, batch))
-    splits = min(splits, max(1, positions // (8 * low.shape[1])))  # sums stay small beside the rest
+    splits = min(splits, max(16, positions // (16 * low.shape[1])))  # sums stay small
     sums = grad.new_empty((splits, *gated.shape), dtype=torch.float32)
     with torch.cuda.device_of(grad):
         _backward[(batch * splits,)](
