@@ -89,6 +89,7 @@ def operations(model: torch.nn.Module, *args: torch.Tensor, **known: Perception)
 
     def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
         found.update(str(node.target) for node in graph.graph.nodes)
+        found["results"] = len(graph.graph.output_node().args[0])
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
@@ -103,9 +104,12 @@ def test_layers_run_once_with_folded_weights_for_one_image() -> None:
     expected = operations(bare, image)[convolutions]
     model = wrapped("nafnet")
     moved(model.injector)
-    assert operations(model, image, perception=oracle(1))[convolutions] == expected
-    pair = CASES["nafnet"].images(2, 64)
-    assert operations(model, pair, perception=oracle(2))[convolutions] > expected
+    folded = operations(model, image, perception=oracle(1))
+    assert folded[convolutions] == expected
+    assert folded["results"] == 1  # folded weights are not kept
+    beside = operations(model, CASES["nafnet"].images(2, 64), perception=oracle(2))
+    assert beside[convolutions] > expected
+    assert beside["results"] == 1
 
 
 @pytest.mark.parametrize("images", [1, 2])

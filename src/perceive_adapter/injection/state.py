@@ -123,7 +123,8 @@ class ConditionState:
     def disarm(self) -> None:
         """End the forward pass; where its graph lives, hooks can run again."""
         self.armed = False
-        self.this = None
+        # torch.compile would have to give what is kept here out of its graph, folded weights too.
+        self.now = self.this = None
 
     def told(self) -> Told | None:
         """Return what hooks work with, None where this injector takes no part.
