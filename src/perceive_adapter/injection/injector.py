@@ -68,11 +68,12 @@ class PromptSite(nn.Module):
             return None
         source = args[0] if args else output
         known: dict[str, Any] = {}
-        if self.is_branch:
+        compiling = torch.compiler.is_compiling()
+        if self.is_branch and (told.traced or not compiling):
             if args and (weight := told.folded.get(self.site.name)) is not None:
                 return _with_weight(module, source, weight)
             known["gated"] = told.gated.get(self.site.name)
-            known["in_place"] = not torch.compiler.is_compiling() and self._is_alone(module)
+            known["in_place"] = not compiling and self._is_alone(module)
         condition = at_depth(told.condition, self.depth)
         changed: Tensor = self.prompt(output, condition, source, **known)
         self.state.hold(changed)

@@ -21,12 +21,15 @@ __all__ = ["ConditionState", "ForwardPass", "Lock", "Passes"]
 class Told(NamedTuple):
     """What hooks are told: a condition (B, L, C + 1), and what branches make of it, by their names.
 
-    ``Branches.gated`` where it is known, and ``Branches.folded`` where layers run with that.
+    ``Branches.gated`` where it is known, and ``Branches.folded`` where layers run with that. Blocks
+    that are compiled alone look up no names, by which they would differ: what they are told is not
+    ``traced``.
     """
 
     condition: Tensor
     gated: Mapping[str, Tensor]
     folded: Mapping[str, Tensor]
+    traced: bool
 
 
 class ForwardPass:
@@ -113,7 +116,7 @@ class ConditionState:
             folded: see :meth:`Branches.folded`, of layers that their hooks run again with it.
             this: the pass, where other injectors take part in it; None begins one.
         """
-        self.now = Told(condition, gated or {}, folded or {})
+        self.now = Told(condition, gated or {}, folded or {}, torch.compiler.is_compiling())
         self.this = None
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self.this = this or self.passes.begin()
