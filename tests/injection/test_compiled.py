@@ -114,7 +114,7 @@ def test_layers_run_once_with_folded_weights_for_one_image() -> None:
 
 @pytest.mark.parametrize("images", [1, 2])
 @torch.no_grad()
-def test_hooks_of_others_see_and_change_what_they_did(images: int) -> None:
+def test_hooks_of_others_keep_their_effect(images: int) -> None:
     torch._dynamo.reset()
     model, image, seen = wrapped("nafnet"), CASES["nafnet"].images(images, 64), oracle(images)
     moved(model.injector)

@@ -126,7 +126,7 @@ class ConditionState:
     def disarm(self) -> None:
         """End the forward pass; where its graph lives, hooks can run again."""
         self.armed = False
-        # torch.compile would have to give what is kept here out of its graph, folded weights too.
+        # Kept, folded weights would be results of the graph that torch.compile makes of the pass.
         self.now = self.this = None
 
     def told(self) -> Told | None:

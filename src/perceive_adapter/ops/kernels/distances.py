@@ -14,7 +14,7 @@ from perceive_adapter.ops.kernels.sums import summed
 __all__ = ["distances_to_rows"]
 
 _BLOCK, _BLOCK_BACKWARD = 8192, 4096  # numbers of all references that a program holds at once
-_PROGRAMS = 768  # of the forward pass, at most: six for each multiprocessor of a large GPU
+_PROGRAMS = 768  # of the forward pass, about: six for each multiprocessor of a large GPU
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _measure(x: Tensor, references: Tensor) -> Tensor:
     count, batch, size = references.shape
     block_n, block = _blocks(references, _BLOCK)
     tiles = triton.cdiv(size, block)
-    splits = triton.cdiv(tiles, triton.cdiv(tiles * batch, _PROGRAMS))  # of as many tiles each
+    splits = triton.cdiv(tiles, triton.cdiv(tiles * batch, _PROGRAMS))  # alike in tiles
     sums = x.new_empty((splits, count, batch), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _forward[(batch * splits,)](
