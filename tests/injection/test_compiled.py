@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 from functorch.compile import make_boxed_func
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.nn.modules.module import register_module_forward_hook
 from wrapping import moved, oracle, relative, wrapped
 from zoo import CASES
 
@@ -128,6 +131,30 @@ def test_hooks_of_others_keep_their_effect(images: int) -> None:
     assert relative(expected, before) > 1e-3
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert relative(compiled(image, perception=seen), expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+@pytest.mark.parametrize("images", [1, 2])
+@torch.no_grad()
+def test_hooks_of_all_modules_keep_their_effect(images: int) -> None:
+    torch._dynamo.reset()
+    model, image, seen = wrapped("nafnet"), CASES["nafnet"].images(images, 64), oracle(images)
+    moved(model.injector)
+    before = model(image, perception=seen)
+    handle = register_module_forward_hook(louder)
+    try:
+        expected = model(image, perception=seen)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        found = compiled(image, perception=seen)
+    finally:
+        handle.remove()
+    assert relative(expected, before) > 1e-3
+    assert relative(found, expected) < 1e-5
+
+
+def louder(module: nn.Module, _: Any, output: Any) -> Tensor | None:
+    """Hook of all modules that changes what convolutions give."""
+    return 1.1 * output if isinstance(module, nn.Conv2d) else None
 
 
 @torch.no_grad()

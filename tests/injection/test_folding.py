@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 from wrapping import injector_like, moved, oracle, relative, state, wrapped
 from zoo import CASES
 
@@ -185,6 +187,45 @@ def test_layers_that_folding_would_change_run_by_their_hooks(make: Any) -> None:
     unfolded = model(image, perception=seen).detach()
     with model.fold(seen):
         assert relative(model(image), unfolded) < ROUNDING
+
+
+def test_hooks_of_all_modules_keep_their_effect_and_what_they_saw() -> None:
+    torch.manual_seed(0)
+    net = _around(nn.Conv2d(8, 8, 3, padding=1))
+    model, image, seen = wrap(net, perceiver=False), torch.rand(1, 3, 32, 32), oracle(1)
+    moved(model.injector)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def double(module: nn.Module, _: Any, output: Any) -> Any:
+        if not isinstance(module, nn.Conv2d):
+            return None
+        kept.append((2 * output, (2 * output).clone()))
+        return kept[-1][0]
+
+    handle = register_module_forward_hook(double)
+    try:
+        unfolded = model(image, perception=seen).detach()
+        with model.fold(seen):
+            assert relative(model(image), unfolded) < ROUNDING
+        with torch.no_grad():
+            assert relative(model(image, perception=seen), unfolded) < ROUNDING
+            model(image.repeat(2, 1, 1, 1), perception=oracle(2))
+    finally:
+        handle.remove()
+    assert kept
+    assert all(torch.equal(output, then) for output, then in kept)
+
+
+def test_counting_operations_counts_what_runs_folded() -> None:
+    model, image, seen = wrapped("isotropic"), torch.rand(1, 3, 32, 32), oracle(1)
+    with FlopCounterMode(display=False) as bare, model.disabled():
+        model(image)
+    with FlopCounterMode(display=False) as unfolded:
+        model(image, perception=seen)
+    with model.fold(seen), FlopCounterMode(display=False) as folded:
+        model(image)
+    added = unfolded.get_total_flops() - bare.get_total_flops()
+    assert folded.get_total_flops() - bare.get_total_flops() < added / 10
 
 
 def test_a_network_that_reads_weights_elsewhere_is_found_out_and_left_as_it_was() -> None:

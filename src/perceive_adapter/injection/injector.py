@@ -10,7 +10,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
+from torch.utils.module_tracker import ModuleTracker
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import (
@@ -81,7 +83,9 @@ class PromptSite(nn.Module):
 
     def _is_alone(self, module: nn.Module) -> bool:
         """Whether nobody else has seen the module's output, so that it may be written over."""
-        return not torch.is_grad_enabled() and is_plain(module) and len(module._forward_hooks) == 1
+        if torch.is_grad_enabled() or not is_plain(module):
+            return False
+        return len(module._forward_hooks) == 1 and not _global_forward_hooks
 
     def _is_folded(self, module: nn.Module) -> bool:
         """Whether the layer ran with the folded weight, which some networks put another over."""
@@ -199,14 +203,16 @@ class PromptInjector(nn.Module):
     def foldable(self, *, traced: bool = False) -> list[tuple[nn.Module, PromptSite, nn.Parameter]]:
         """Return the layers whose weights branches can be a part of, with both.
 
-        Not those that do more than their kind does, nor where somebody else's hook has changed the
-        output before the branch is added.
+        Not those that do more than their kind does, nor where somebody else's hook, or one of all
+        modules, has changed the output before the branch is added.
 
         Args:
             traced: torch.compile is at work, which cannot tell whose a hook is; then not where
                 other injectors have hooks either.
         """
-        found = []
+        found: list[tuple[nn.Module, PromptSite, nn.Parameter]] = []
+        if _all_modules_hooked(traced):
+            return found
         for prompt in self.prompt_sites:
             module = self.module_at(prompt.site)
             weight = module._parameters.get("weight")
@@ -338,6 +344,14 @@ def check_backbone(
             "one real device first (a saved adapter may also be wrapped around one on the meta "
             "device, whose weights come later)"
         )
+
+
+def _all_modules_hooked(traced: bool) -> bool:
+    """Whether every module has a hook, other than that by which torch counts operations."""
+    if traced:
+        return len(_global_forward_hooks) > 0
+    owners = [getattr(hook, "__self__", None) for hook in _global_forward_hooks.values()]
+    return not all(isinstance(owner, ModuleTracker) for owner in owners)
 
 
 def _with_weight(module: nn.Module, source: Tensor, weight: Tensor) -> Tensor:
