@@ -95,6 +95,7 @@ def test_json_tells_the_plan_and_what_it_costs(capsys: pytest.CaptureFixture[str
     assert record["parameters"]["backbone"] == plan.backbone_parameters
     assert record["parameters"]["trainable"] == plan.parameters == record["parameters"]["adapter"]
     assert record["sources"] == dict(model.injector.config.sources or {})
+    assert record["treats"] is None
     cost = record["multiply_adds_per_pixel"]
     assert cost["size"] == [256, 256]
     assert cost["bare"] == MULTIPLY_ADDS
@@ -116,6 +117,15 @@ def test_a_saved_adapter(work: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert record["sites"][0]["reason"] == "named by 'middle'"
     assert record["sources"] == {"compact": 64}
     assert record["parameters"]["trainable"] == model.status().trainable
+
+
+def test_what_an_adapter_treats(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = wrap(load_network("nets:Net"))
+    model.treat("rain", "jpeg")
+    model.save_pretrained(work / "adapter")
+    assert "| treats | rain, jpeg |" in (work / "adapter" / "README.md").read_text()
+    assert inspect("--adapter", work / "adapter", "--size", 64) == 0
+    assert "works where one of these is perceived: rain, jpeg" in capsys.readouterr().out
 
 
 def test_sites_that_are_hidden_are_named(capsys: pytest.CaptureFixture[str]) -> None:

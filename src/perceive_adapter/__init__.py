@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         PerceptionError,
         SiteError,
         TrainingError,
+        UnseenTaskWarning,
         UntrainedPerceiverWarning,
     )
     from perceive_adapter.injection.discovery import plan_sites
@@ -91,6 +92,7 @@ __all__ = [
     "SiteError",
     "SitePlan",
     "TrainingError",
+    "UnseenTaskWarning",
     "UntrainedPerceiverWarning",
     "ValueRange",
     "__version__",

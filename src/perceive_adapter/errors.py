@@ -14,6 +14,7 @@ __all__ = [
     "PerceptionError",
     "SiteError",
     "TrainingError",
+    "UnseenTaskWarning",
     "UntrainedPerceiverWarning",
 ]
 
@@ -72,3 +73,7 @@ class MissingDependencyError(PerceiveError, ImportError):
 
 class UntrainedPerceiverWarning(UserWarning):
     """A score was asked of a perceiver whose tier prompts were never trained."""
+
+
+class UnseenTaskWarning(UserWarning):
+    """An adapter will work on every image, since the perceiver does not see what a task has."""

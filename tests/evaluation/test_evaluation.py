@@ -66,6 +66,23 @@ def test_restored_images_are_measured_as_files_of_8_bits_hold_them() -> None:
         assert found.psnr == pytest.approx(expected, abs=0.02)
 
 
+def test_networks_that_write_into_their_input_spoil_no_figure() -> None:
+    image, target = torch.rand(2, 1, 3, 16, 16).mul(255).round() / 255
+    case = Case("x", "a", lambda: (image.clone(), target))
+    networks = {"writes": lambda given: given.mul_(0.5), "after": lambda given: given * 1.0}
+    given, _, after = compare(networks, [case])
+    assert (given.psnr, given.ssim) == (after.psnr, after.ssim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_figures_are_of_single_precision(dtype: torch.dtype) -> None:
+    image = torch.rand(1, 3, 32, 32).to(dtype)
+    target = (image.float() + 0.1 * torch.rand(image.shape)).clamp(0, 1)
+    case = Case("x", "a", lambda: (image.float(), target))
+    found = compare({"half": lambda _: image, "single": lambda _: image.float()}, [case])
+    assert (found[1].psnr, found[1].ssim) == (found[2].psnr, found[2].ssim)
+
+
 # Cases
 
 

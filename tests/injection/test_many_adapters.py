@@ -117,3 +117,25 @@ def test_weights_are_not_swapped_inside_a_fold(tmp_path: Path) -> None:
         pytest.raises(PerceptionError, match=r"fold\(\) is under way"),
     ):
         model.hotswap_adapter(tmp_path)
+
+
+def test_a_new_adapter_works_everywhere_whatever_the_active_one_treats() -> None:
+    model = wrapped("u_shape", perceiver="perceive-tiny")
+    model.treat("haze")
+    model.add_adapter("rain")
+    assert model.status().treats == ("haze",)
+    model.set_adapter("rain")
+    assert model.status().treats is None
+    assert "treats" not in str(model.status())
+    model.set_adapter("default")
+    assert "treats haze" in str(model.status())
+
+
+def test_what_is_treated_does_not_change_inside_a_fold() -> None:
+    model = wrapped("u_shape", perceiver="perceive-tiny")
+    with (
+        model.fold(model.perceive(IMAGE)),
+        pytest.raises(PerceptionError, match=r"fold\(\) is under way"),
+    ):
+        model.treat("haze")
+    assert model.status().treats is None

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from wrapping import moved, relative, wrapped
 from zoo import CASES
 
-from perceive_adapter import BackboneError, ConfigError, ImageError, PerceiveModel, wrap
+from perceive_adapter import (
+    AdapterConfig,
+    BackboneError,
+    ConfigError,
+    ImageError,
+    PerceiveModel,
+    Perception,
+    PerceptionError,
+    wrap,
+)
 
 PIXELS = np.random.default_rng(0).random((21, 34, 4))
 
@@ -108,6 +117,29 @@ def test_a_batch_is_perceived_image_by_image(model: PerceiveModel) -> None:
     batch = torch.rand(2, 3, 32, 32) * torch.tensor([1.0, 0.2]).view(2, 1, 1, 1)
     each = torch.cat([model.restore(image[None]) for image in batch])
     assert torch.equal(model.restore(batch), each)
+
+
+def test_what_is_perceived_may_be_given(model: PerceiveModel) -> None:
+    batch, others = torch.rand(2, 2, 3, 32, 32)
+    seen = model.perceive(others)
+    each = torch.cat([model.restore(one[None], perception=seen[i]) for i, one in enumerate(batch)])
+    assert torch.equal(model.restore(batch, perception=seen), each)
+    assert not torch.equal(model.restore(batch), each)
+    shared = model.restore(batch, perception=seen[0])
+    assert torch.equal(shared[0], each[0])
+    with pytest.raises(PerceptionError, match="of 2 images was given for 1"):
+        model.restore(batch[:1], perception=seen)
+
+
+def test_an_adapter_that_is_steered_by_an_oracle_restores_with_it() -> None:
+    config = AdapterConfig(sources={"degradations": 2})
+    steered = wrap(CASES["u_shape"].net(), config=config)
+    moved(steered.injector)
+    image, told = torch.rand(1, 3, 32, 32), Perception(degradations=torch.tensor([[1.0, 0.0]]))
+    expected = steered(image, perception=told)
+    assert relative(steered.restore(image, perception=told), expected) < 1e-5
+    with pytest.raises(PerceptionError, match=r"give it: perception=Perception\(...\)"):
+        steered.restore(image)
 
 
 # Sizes

@@ -177,3 +177,12 @@ def test_two_ranks_equal_one_process(tmp_path, monkeypatch):
         torch.testing.assert_close(joined, leaf.grad)
     for rank in ranks:
         assert "equal batch, got [1, 2]" in rank["message"]
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_what_is_no_tensor_is_named(odd):
+    given = [*vectors(), LABELS]
+    name = ("anchor", "positive", "labels")[odd]
+    given[odd] = given[odd].tolist()
+    with pytest.raises(LossInputError, match=f"{name} must be a tensor .*got list"):
+        DegradationContrastiveLoss()(*given)

@@ -8,6 +8,7 @@ from torch import nn
 
 from perceive_adapter.errors import ConfigError, LossInputError, MissingDependencyError
 from perceive_adapter.losses import (
+    DifficultyAdaptiveLoss,
     FeatureExtractor,
     FilterPyramid,
     ModuleFeatures,
@@ -319,6 +320,16 @@ def test_resolving():
         assert torch.equal(given, expected)
     with pytest.raises(ConfigError, match=r"nn\.Module, got int"):
         resolve_features(3)
+
+
+def test_losses_made_in_inference_mode_train_elsewhere():
+    with torch.inference_mode():
+        losses = [DifficultyAdaptiveLoss(), DifficultyAdaptiveLoss(FilterPyramid())]
+    for loss in losses:
+        loss.update_difficulty(20.0)
+        restored = torch.rand(1, 3, 16, 16, requires_grad=True)
+        loss(restored, torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)).backward()
+        assert restored.grad.any()
 
 
 def test_default_features_made_in_inference_mode_and_on_a_default_device():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -366,9 +367,13 @@ def test_untrained_warns_once_per_instance() -> None:
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"uint8.*image.float\(\) / 255"),
         (torch.full((1, 3, 8, 8), float("nan")), "NaN or infinite"),
         (torch.full((1, 3, 8, 8), float("inf")), "NaN or infinite"),
+        (torch.full((1, 3, 8, 8), float("-inf")), "NaN or infinite"),
+        (255 * images(1, 3, 8, 8), r"values up to 2\d\d.*Divide 8-bit images by 255"),
+        (np.zeros((8, 8, 3)), r"got a ndarray: expected a tensor .*torch.from_numpy"),
+        ("photo.jpg", "got a str: expected a tensor"),
     ],
 )
-def test_bad_images(perceiver: QualityPerceiver, image: torch.Tensor, message: str) -> None:
+def test_bad_images(perceiver: QualityPerceiver, image: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         perceiver(image)
 

@@ -4,12 +4,13 @@ import copy
 import math
 import queue
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from perceive_adapter.errors import CheckpointError
+from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
 from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=12, learning_rate=1e-2, warmup=3, weight_decay=0.1)
@@ -181,6 +182,37 @@ def test_gradient_is_clipped() -> None:
 
     train({"weight": weight}, loss_at, Schedule(3, 1e-3, clip=0.5))
     assert norms == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_gradient_that_is_not_finite_leaves_weights_and_checkpoint(
+    fresh: Net, tmp_path: Path, steps: int
+) -> None:
+    net, file = copy.deepcopy(fresh), tmp_path / "state.pt"
+
+    def loss_at(step: int) -> Tensor:
+        spoilt = (0 * net.body[0].weight).square().sum().sqrt()  # 0, its slope not a number
+        return net.loss(step) + (spoilt if step == 3 else 0)
+
+    with pytest.raises(TrainingError, match=r"norm of the gradient of step 3 is nan"):
+        train({"net": net}, loss_at, Schedule(steps, 1e-3), checkpoint=file, every=2)
+    assert torch.load(file, weights_only=True)["step"] == 2
+    assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [{"clip": 0.0}, {"steps": -1}, {"learning_rate": math.nan}, {"weight_decay": -0.1}],
+)
+def test_schedules_that_cannot_work(numbers: dict[str, float]) -> None:
+    settings: dict[str, Any] = {"steps": 3, "learning_rate": 1e-3, **numbers}
+    with pytest.raises(ConfigError, match=f"{next(iter(numbers))}="):
+        Schedule(**settings)
+
+
+def test_checkpoints_come_every_so_many_steps(fresh: Net) -> None:
+    with pytest.raises(ConfigError, match="every=0"):
+        train({"net": fresh}, fresh.loss, SCHEDULE, every=0)
 
 
 def test_generator_of_a_step_hangs_on_seed_and_step_alone() -> None:

@@ -209,6 +209,9 @@ def test_tier_shares_fall_evenly_from_the_highest_to_the_lowest(tiers: int) -> N
     torch.testing.assert_close(score, (1 - severity / 0.6).clamp(min=0))
 
 
-def test_a_negative_weight_is_refused() -> None:
-    with pytest.raises(ConfigError, match="graded=-1"):
-        Stage1(graded=-1)
+@pytest.mark.parametrize(
+    "numbers", [{"graded": -1}, {"scenes": 0}, {"sides": ()}, {"sides": (0,)}, {"low": 0.0}]
+)
+def test_recipes_that_cannot_work(numbers: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(numbers))}="):
+        Stage1(**numbers)

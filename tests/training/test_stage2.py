@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from restoring import FULL, L1, Net, Recording, Stopped, data, model, recipe
 from small import photos
 from torch import Tensor, nn
@@ -85,6 +86,62 @@ def test_an_average_of_the_weights_is_what_remains() -> None:
     for name, value in raw.injector.state_dict().items():
         expected = (start[name] * 0.5 + half[name] * 0.5) * 0.5 + value * 0.5
         torch.testing.assert_close(mean.injector.state_dict()[name], expected)
+
+
+def test_an_average_keeps_no_graph(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    train(model(), recipe=recipe(2, ema=0.5), checkpoint=file)
+    assert not any(mean.requires_grad for mean in torch.load(file, weights_only=True)["ema"])
+
+
+def test_gradients_of_before_do_not_count(tmp_path: Path) -> None:
+    def left_over() -> Any:
+        trained = model()
+        sum(p.square().sum() for p in trained.trainable_parameters()).backward()
+        return trained
+
+    whole = train(model(), steps=4)
+    assert same(train(left_over(), steps=4), whole)
+    settings: dict[str, Any] = {"recipe": recipe(4), "checkpoint": tmp_path / "s.pt", "every": 2}
+    train_to(3, **settings)
+    assert same(train(left_over(), **settings), whole)
+
+
+def test_a_loop_that_stopped_while_it_accumulated_is_forgotten() -> None:
+    whole = train(model(), recipe=recipe(4, accumulate=2))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    prepared = accelerator.prepare(nn.Linear(2, 2))
+    with accelerator.accumulate(prepared):
+        accelerator.backward(prepared(torch.ones(1, 2)).sum())
+    assert not accelerator.sync_gradients
+    assert same(train(model(), recipe=recipe(4, accumulate=2)), whole)
+
+
+class InPlace(nn.Module):
+    """Writes into the image that it is given, or does the same beside it."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes, self.shift = writes, nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (image.mul_(0.9) if self.writes else image * 0.9) + self.shift
+
+
+def test_networks_that_write_into_their_input_spoil_nothing() -> None:
+    objectives = [Seeing(FULL), Seeing(FULL)]
+    first, second = (
+        train(InPlace(writes), objective=objective, recipe=recipe(4, weights=FULL, probe_every=1))
+        for writes, objective in zip((True, False), objectives, strict=True)
+    )
+    assert same(first, second)
+    assert objectives[0].losses == objectives[1].losses
+
+
+def test_a_run_that_diverges_says_so_whatever_its_objective() -> None:
+    trained = model(perceiver="perceive-tiny")
+    with pytest.raises(TrainingError, match=r"at a learning rate .* [Ll]ower the learning rate"):
+        train(trained, recipe=Stage2(Schedule(12, 1e30), batch=2, probe=1, probe_every=3))
 
 
 def train_to(step: int, trained: Any = None, **options: Any) -> Any:
@@ -355,6 +412,12 @@ class Seeing(Recording):
         self.mediums = [medium.clone() for medium in options["medium"]]
         self.valid = options["valid"]
         return super().forward(*images, **options)
+
+
+@pytest.mark.parametrize("mediums", ["earlier", ["latest"], [lambda image: image]])
+def test_mediums_that_nothing_makes(mediums: Any) -> None:
+    with pytest.raises(ConfigError, match=r"makes no medium images|expected several sources"):
+        train(model(), recipe=recipe(2, weights=FULL), mediums=mediums)
 
 
 def test_mediums_come_from_proxies_and_from_the_model_s_earlier_state() -> None:

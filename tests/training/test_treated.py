@@ -11,7 +11,7 @@ import torch
 from restoring import Net, data
 from torch import nn
 
-from perceive_adapter import PerceiveModel, wrap
+from perceive_adapter import PerceiveModel, UnseenTaskWarning, wrap
 from perceive_adapter.training.treated import find_treated
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
@@ -61,7 +61,8 @@ def test_nothing_is_named_where_the_perceiver_does_not_see_what_is_wrong(
 
     monkeypatch.setattr(denoiser.perceiver, "forward", blind_to_rain)
     assert treated(denoiser, "low_light", "gaussian_noise") == {"low_light"}
-    assert treated(denoiser, "low_light", "rain", "gaussian_noise") == set()
+    with pytest.warns(UnseenTaskWarning, match=r"the task 'rain', only \d+% is where"):
+        assert treated(denoiser, "low_light", "rain", "gaussian_noise") == set()
 
 
 def test_models_that_cannot_tell_are_not_limited() -> None:
@@ -71,9 +72,11 @@ def test_models_that_cannot_tell_are_not_limited() -> None:
 
 def test_looking_changes_nothing(denoiser: PerceiveModel) -> None:
     before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    denoiser.backbone.train()
+    modes = [part.training for part in denoiser.modules()]
     treated(denoiser, "rain")
     assert denoiser.injector.config.treats is None
-    assert not denoiser.training
+    assert [part.training for part in denoiser.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in denoiser.state_dict().items())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,7 +231,11 @@ def _treat_by_itself(
 
     begun = any(file.parent.glob("*.pt"))
     if accelerator.is_main_process and not (begun and file.exists()):
-        write_json(file, {"treated": find_treated(model, data)})
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            write_json(file, {"treated": find_treated(model, data)})
+        for warning in told:
+            _say(f"Note: {warning.message}.")
     accelerator.wait_for_everyone()
     model.treat(*json.loads(file.read_text(encoding="utf-8"))["treated"])
 
@@ -246,14 +251,9 @@ def _logged(arguments: Namespace) -> dict[str, Any]:
 
 def _introduce(model: PerceiveModel, data: RestorationData, found: Found) -> None:
     """Say what is trained, on what, and what was skipped."""
-    treats = model.injector.config.treats
-    if treats is None:
-        works = "It works on every image."
-    else:
-        assert model.perceiver is not None
-        names = ", ".join(model.perceiver.degradations[column] for column in treats)
-        works = f"It works where one of these is perceived: {names}."
-    _say(f"{model.status()}. {works}")
+    status = model.status()
+    limits = "works on every image" if status.treats is None else "leaves other images alone"
+    _say(f"{status}; {limits}.")
     _say(
         f"Tasks: {', '.join(data.tasks)}. {len(found.pairs)} pairs and {len(found.photos)} "
         f"photographs to train on; {len(found.held_pairs)} and {len(found.held_photos)} set aside."

@@ -80,6 +80,8 @@ def _kinds(model: PerceiveModel) -> dict[Role, str]:
 def _as_tables(model: PerceiveModel, cost: Cost) -> str:
     steered = ", ".join(f"{name} ({width})" for name, width in _sources(model).items())
     notes = [f"steered by {steered}"]
+    if treats := model.status().treats:
+        notes.append(f"works where one of these is perceived: {', '.join(treats)}")
     if blocked := model.sites.blocked:
         notes.append(
             f"{len(blocked)} sites are hidden behind zero scales of the backbone, so that their "
@@ -103,6 +105,7 @@ def _as_json(model: PerceiveModel, cost: Cost) -> str:
         "backbone": type(model.backbone).__name__,
         "sites": sites,
         "sources": _sources(model),
+        "treats": status.treats,
         "parameters": {
             "backbone": plan.backbone_parameters,
             "adapter": plan.parameters,

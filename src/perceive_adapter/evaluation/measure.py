@@ -65,7 +65,8 @@ def compare(
     for case in cases:
         degraded, target = (image.to(device) for image in case.load())
         images = {DEGRADED: degraded}
-        images |= {name: as_file(restore(degraded)) for name, restore in networks.items()}
+        for name, restore in networks.items():  # some write into their input
+            images[name] = as_file(restore(degraded.clone()).float())
         found += [
             Measured(case.group, case.image, name, *_metrics(image, target, case.image))
             for name, image in images.items()

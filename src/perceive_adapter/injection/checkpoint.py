@@ -383,6 +383,7 @@ def _card(
     plan = record.plan
     share = 100 * plan.parameters / max(plan.backbone_parameters, 1)
     steered = ", ".join(model.injector.encoder.sources)
+    treats = ", ".join(model.status().treats or ["every image"])
     return f"""---
 library_name: perceive_adapter
 tags: [image-restoration, adapter]
@@ -390,8 +391,8 @@ tags: [image-restoration, adapter]
 # Adapter for {record.backbone.name}
 
 A perceive_adapter adapter: prompt modules for a frozen `{record.backbone.name}` of
-{plan.backbone_parameters:,} parameters ({plan.parameters:,} trainable, {share:.1f} %), steered by
-{steered}.
+{plan.backbone_parameters:,} parameters, with {plan.parameters:,} of their own ({share:.1f} % of
+that), steered by {steered}.
 
 ```python
 from perceive_adapter import wrap
@@ -407,6 +408,7 @@ restored = model.restore("photo.jpg")
 | backbone fingerprint | `{record.backbone.fingerprint[:16]}` |
 | level sites | {len(plan.of("level"))}, {record.config.level} |
 | layer sites | {len(plan.of("layer"))}, {record.config.layer} |
+| treats | {treats} |
 | backbone parameters trained with it | {len(model.frozen.originals)} |
 
 {figures_table(figures)}

@@ -148,10 +148,12 @@ def dry_run(backbone: nn.Module, example: Any, image_arg: int | str) -> tuple[Ex
             return guess, _traced(backbone, guess)
         except BackboneError as error:
             problem = problem or error
+    failure = "" if problem is None else f" The first failure: {problem}"
     raise BackboneError(
         f"{type(backbone).__name__} runs on none of the guessed inputs (1, C, {PROBE_SIZE}, "
-        f"{PROBE_SIZE}); give one that works as example=..., an image (1, C, H, W) or a tuple or "
-        f"mapping of all arguments. The first failure: {problem}"
+        f"{PROBE_SIZE}); give wrap() one that works, example=..., an image (1, C, H, W) or a tuple "
+        "or mapping of all arguments, or wrap a module that takes the image alone and passes the "
+        f"other arguments on.{failure}"
     ) from problem
 
 

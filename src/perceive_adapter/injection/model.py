@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -196,7 +197,13 @@ class PerceiveModel(nn.Module):
         return fields
 
     def restore(
-        self, image: Image, *, tile: int | None = None, overlap: int = 32, batch_size: int = 1
+        self,
+        image: Image,
+        *,
+        tile: int | None = None,
+        overlap: int = 32,
+        batch_size: int = 1,
+        perception: Perception | None = None,
     ) -> Any:
         """Restore one image, or a batch, of any common kind and size; without gradients.
 
@@ -209,16 +216,21 @@ class PerceiveModel(nn.Module):
             overlap: how many pixels neighbouring tiles share; of it the outer three eighths
                 are discarded and the middle quarter is blended.
             batch_size: tiles per forward pass.
+            perception: of the image, or of each of a batch, made elsewhere; None perceives it.
 
         Returns:
             The restored image, of the same kind and dtype (a path gives a PIL image), and of the
-            same size times the backbone's scale.
+            same size times the backbone's scale. Floating-point images are not clamped.
 
         Raises:
             ImageError: the image is of another kind, is empty, or has NaN or infinite values.
+            PerceptionError: the perception is of another number of images, or lacks what steers
+                the adapter.
             ConfigError: a tile that is not larger than twice the overlap.
         """
-        return restore_image(self, image, tile=tile, overlap=overlap, batch_size=batch_size)
+        return restore_image(
+            self, image, perception, tile=tile, overlap=overlap, batch_size=batch_size
+        )
 
     @contextmanager
     def fold(self, perception: Perception) -> Iterator[None]:
@@ -320,7 +332,16 @@ class PerceiveModel(nn.Module):
             trainable=sum(p.numel() for p in self.trainable_parameters()),
             total=plan.backbone_parameters + sum(p.numel() for p in self.injector.parameters()),
             unfrozen=tuple(n for n, p in self.backbone.named_parameters() if p.requires_grad),
+            treats=self._treated(),
         )
+
+    def _treated(self) -> tuple[str, ...] | None:
+        """What the active adapter treats: columns, where no perceiver names them."""
+        columns = self.injector.config.treats
+        if columns is None:
+            return None
+        names = self.perceiver.degradations if self.perceiver is not None else ()
+        return tuple(names[c] if c < len(names) else f"column {c}" for c in columns)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over what an optimizer is to be given."""
@@ -353,13 +374,15 @@ class PerceiveModel(nn.Module):
 
         On other images the backbone is left alone: its own task stays as it is, and so does
         whatever the adapter has never been trained on. What is perceived to be faint is touched
-        faintly.
+        faintly. :meth:`save_pretrained` keeps the limit, a ``state_dict`` holds weights alone.
 
         Args:
             *degradations: of ``model.perceiver.degradations``; none lifts the limit.
 
         Raises:
             ConfigError: a name is not among them, or nothing tells the adapter of degradations.
+            PerceptionError: a fold is under way.
+            BackboneError: the model was unwrapped.
         """
         known = self.perceiver.degradations if self.perceiver is not None else ()
         if unknown := [name for name in degradations if name not in known]:
@@ -369,7 +392,7 @@ class PerceiveModel(nn.Module):
                 "some of these, or wrap with a perceiver that tells degradations"
             )
         columns = tuple(known.index(name) for name in dict.fromkeys(degradations))
-        with self.adapters.lock:
+        with self._in_turn(folded=False):
             self.injector.treat(columns or None)
 
     def train(self, mode: bool = True) -> PerceiveModel:
@@ -398,7 +421,8 @@ class PerceiveModel(nn.Module):
         Args:
             name: a new one.
             adapter: a saved one's folder or Hub repository, prompt modules made elsewhere, or None
-                for a new one at the active adapter's sites.
+                for a new one at the active adapter's sites, which works on every image until
+                :meth:`treat`.
 
         Raises:
             ConfigError: the name is taken or cannot be one.
@@ -418,7 +442,8 @@ class PerceiveModel(nn.Module):
             )
         trains = True
         if adapter is None:
-            adapter = PromptInjector(self.sites, self.injector.config)
+            config = dataclasses.replace(self.injector.config, treats=None)
+            adapter = PromptInjector(self.sites, config)
         elif not isinstance(adapter, PromptInjector):
             adapter = read_beside(self, adapter).injector
             trains = self.adapters.trains

@@ -71,7 +71,10 @@ class Perception:
         """Number of images that this perception is of."""
         for value in self.known().values():
             return int(value.shape[0])
-        raise PerceptionError("the perception is empty: no field is known")
+        raise PerceptionError(
+            "the perception is empty: no field is known. Where an adapter is steered by what is "
+            "known elsewhere, as by an oracle, give it: perception=Perception(...)"
+        )
 
     def __len__(self) -> int:
         return self.batch
@@ -151,7 +154,7 @@ class ValueRange:
         if not all(isinstance(end, (int, float)) for end in value) or not first < second:
             raise problem
         width = float(second - first)
-        return cls((-float(first) / width,), (1.0 / width,))
+        return cls((0.0 - first / width,), (1.0 / width,))
 
     @property
     def is_unit(self) -> bool:

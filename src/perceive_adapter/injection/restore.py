@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceive_adapter.data.images import Image, read_image
-from perceive_adapter.errors import BackboneError, ConfigError, ImageError
+from perceive_adapter.errors import BackboneError, ConfigError, ImageError, PerceptionError
 from perceive_adapter.injection.probe import image_in, weight_like_images
 from perceive_adapter.injection.tiling import Grid, weights
 from perceive_adapter.modes import keeping_modes
 
 if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
+    from perceive_adapter.injection.perception import Perception
 
 __all__ = ["Image", "find_multiple", "restore_image"]
 
@@ -26,7 +27,13 @@ PROGRESS_AFTER_SECONDS = 2
 
 
 def restore_image(
-    model: PerceiveModel, image: Image, *, tile: int | None, overlap: int, batch_size: int
+    model: PerceiveModel,
+    image: Image,
+    perception: Perception | None,
+    *,
+    tile: int | None,
+    overlap: int,
+    batch_size: int,
 ) -> Any:
     """See :meth:`PerceiveModel.restore`."""
     integers = all(type(n) is int for n in (overlap, batch_size, 0 if tile is None else tile))
@@ -44,10 +51,25 @@ def restore_image(
         )
     gray = color.shape[1] == 1
     inputs = color.expand(-1, 3, -1, -1) if channels == 3 else color.flatten(0, 1)[:, None]
+    if perception is not None and perception.batch not in (1, len(color)):
+        raise PerceptionError(
+            f"a perception of {perception.batch} images was given for {len(color)}; expected one "
+            "of each, or of one image that stands for all"
+        )
     with model.adapters.lock, keeping_modes(model), torch.no_grad():
         model.eval()
         restored = torch.cat(
-            [_restore_one(model, one[None], tile, overlap, batch_size) for one in inputs]
+            [
+                _restore_one(
+                    model,
+                    one[None],
+                    _of_image(perception, index, len(inputs)),
+                    tile,
+                    overlap,
+                    batch_size,
+                )
+                for index, one in enumerate(inputs)
+            ]
         )
     if channels == 1 and not gray:
         if restored.shape[1] != 1:
@@ -64,11 +86,24 @@ def restore_image(
     return planes.pack(result)
 
 
+def _of_image(perception: Perception | None, index: int, count: int) -> Perception | None:
+    """The perception of one of ``count`` inputs; a gray network has several for a color image."""
+    if perception is None:
+        return None
+    return perception[index * perception.batch // count]
+
+
 def _restore_one(
-    model: PerceiveModel, image: Tensor, tile: int | None, overlap: int, batch_size: int
+    model: PerceiveModel,
+    image: Tensor,
+    perception: Perception | None,
+    tile: int | None,
+    overlap: int,
+    batch_size: int,
 ) -> Tensor:
     """Restore (1, C, H, W) of any dtype to float (1, C, sH, sW)."""
-    perception = model.perceive(_network_input(model, image))
+    if perception is None:
+        perception = model.perceive(_network_input(model, image))
     height, width = _padded_size(model, image)
     align = math.lcm(model.size_multiple, model.sites.stride) if tile else 1
     height, width = (_round_up(side, align) for side in (height, width))

@@ -22,6 +22,8 @@ class AdapterStatus:
         trainable: number of parameters that train.
         total: parameters of the backbone and of the active adapter.
         unfrozen: names of the backbone's parameters that train.
+        treats: degradations that limit the active adapter to images in which one of them is
+            perceived; None where it works on every image.
     """
 
     adapters: tuple[str, ...]
@@ -33,6 +35,7 @@ class AdapterStatus:
     trainable: int
     total: int
     unfrozen: tuple[str, ...]
+    treats: tuple[str, ...] | None
 
     def __str__(self) -> str:
         text = (
@@ -40,6 +43,8 @@ class AdapterStatus:
             f"({100 * self.trainable / self.total:.1f} %), "
             f"{len(self.levels)} level and {len(self.layers)} layer sites"
         )
+        if self.treats is not None:
+            text += f", treats {', '.join(self.treats)}"
         if self.blocked:
             text += f", {len(self.blocked)} of them blocked by frozen zero scales"
         return text

@@ -94,6 +94,11 @@ def wrap(
                 "or leave out the adapter"
             )
         return _load(backbone, pretrained, perceiver, argument, values, bool(is_trainable))
+    if config is not None and not isinstance(config, AdapterConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; expected an AdapterConfig, such as "
+            "AdapterConfig(rank=4)"
+        )
     config = config or AdapterConfig()
     by_default = perceiver is None and config.sources is None
     if by_default:

@@ -84,6 +84,8 @@ class DegradationContrastiveLoss(nn.Module):
 
 def _check_vectors(anchor: Tensor, positive: Tensor, labels: Tensor) -> None:
     for name, vectors in (("anchor", anchor), ("positive", positive)):
+        if not isinstance(vectors, Tensor):
+            raise LossInputError(f"{name} must be a tensor (B, D), got {type(vectors).__name__}")
         if vectors.ndim != 2 or vectors.numel() == 0 or not vectors.is_floating_point():
             raise LossInputError(
                 f"{name} must be a floating tensor (B, D), not empty; got {vectors.dtype} of shape "
@@ -94,6 +96,8 @@ def _check_vectors(anchor: Tensor, positive: Tensor, labels: Tensor) -> None:
             f"anchor has shape {tuple(anchor.shape)}, positive {tuple(positive.shape)}: they must "
             "be the same"
         )
+    if not isinstance(labels, Tensor):
+        raise LossInputError(f"labels must be a tensor (B,), got {type(labels).__name__}")
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if tuple(labels.shape) != (len(anchor),) or not integer:
         raise LossInputError(

@@ -79,6 +79,7 @@ class DifficultyAdaptiveLoss(nn.Module):
 
     reference_psnr: Tensor
 
+    @torch.inference_mode(False)  # a buffer made there could not be written to elsewhere
     def __init__(
         self,
         features: str | nn.Module | None = None,

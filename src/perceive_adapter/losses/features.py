@@ -57,6 +57,7 @@ class FilterPyramid(nn.Module):
 
     filters: Tensor
 
+    @torch.inference_mode(False)  # buffers made there could not take part in a backward pass
     def __init__(self, scales: int = 4, weights: Sequence[float] | None = None) -> None:
         super().__init__()
         if scales < 1:

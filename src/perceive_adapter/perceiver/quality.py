@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perceive_adapter.data.views import native_views, turned_views
 from perceive_adapter.errors import ConfigError, LossInputError, UntrainedPerceiverWarning
 from perceive_adapter.perceiver import official, saving
-from perceive_adapter.perceiver.checks import check_finite, check_image
+from perceive_adapter.perceiver.checks import check_finite, check_image, check_range
 from perceive_adapter.perceiver.config import Architecture, PerceiverConfig
 from perceive_adapter.perceiver.heads import DegradationHeads
 from perceive_adapter.perceiver.maps import quality_map
@@ -386,6 +386,7 @@ class QualityPerceiver(nn.Module):
             for side in views.shape[-2:]:  # torch.export is told what the tower asks for
                 torch._check(side == size)
         # Contiguous, since the same pixels must give the same bits whatever their strides are.
+        check_range(views)
         embeddings = self.towers.encode_image(views.flatten(0, 1).contiguous())
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return F.normalize(embeddings.reshape(*views.shape[:2], -1).mean(dim=1), dim=1)

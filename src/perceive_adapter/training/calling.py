@@ -30,6 +30,7 @@ def restored_by(
         perception: what a wrapped model is told; None for what it perceives.
         weights: to run with in place of its own, by the names of parameters and buffers.
     """
+    degraded = degraded.clone()  # some networks write into their input
     arguments: tuple[Tensor, ...] = (degraded,)
     keywords: dict[str, Any] = {}
     if isinstance(model, PerceiveModel):

@@ -65,7 +65,8 @@ def check_settings(file: Path | None, found: Mapping[str, Any], wanted: Mapping[
     if names:
         raise CheckpointError(
             f"{str(file)!r} was written by a run with {_told(was, names)}: expected "
-            f"{_told(now, names)}. Run with the same options and data, or: {REMEDY}"
+            f"{_told(now, names)}. Run with the same options and data, or {REMEDY[:1].lower()}"
+            f"{REMEDY[1:]}"
         )
 
 

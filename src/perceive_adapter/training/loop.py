@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from perceive_adapter.errors import CheckpointError, TrainingError
+from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
 from perceive_adapter.training.checkpoints import (
     REMEDY,
     check_settings,
@@ -40,6 +40,9 @@ class Schedule:
         warmup: steps over which the learning rate rises from 0.
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
+
+    Raises:
+        ConfigError: a number that cannot work.
     """
 
     steps: int
@@ -48,6 +51,18 @@ class Schedule:
     warmup: int = 0
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        numbers = ("steps", "learning_rate", "final_learning_rate", "warmup", "weight_decay")
+        for name in numbers:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name}={value}: expected a finite number, 0 or more.")
+        if not self.clip > 0:
+            raise ConfigError(
+                f"clip={self.clip}: no step would change anything. Give a norm above 0; math.inf "
+                "clips nothing."
+            )
 
     def lasting(self, steps: int) -> Schedule:
         """Return the same for another number of steps, the warm-up a tenth of them at most.
@@ -173,12 +188,15 @@ def train(
         title: of the progress bar.
 
     Raises:
+        ConfigError: ``every`` is less than 1.
         CheckpointError: the checkpoint is damaged, or of another schedule, other settings or other
             modules.
-        TrainingError: the loss is no longer finite; the last checkpoint is from before.
+        TrainingError: loss or gradient are no longer finite; the last checkpoint is from before.
     """
     from tqdm import tqdm
 
+    if every < 1:
+        raise ConfigError(f"every={every}: expected 1 or more steps.")
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=schedule.weight_decay)
     told = {"modules": list(modules), "schedule": asdict(schedule), **(settings or {})}
@@ -191,9 +209,10 @@ def train(
         loss = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        _check_finite("loss", loss, step, schedule)
+        _check_finite("norm of the gradient", norm, step, schedule)
         optimizer.step()
-        _check_finite(loss, step, schedule)
         if step % 20 == 0:
             average = loss.item() if average is None else 0.8 * average + 0.2 * loss.item()
             bar.set_postfix_str(f"loss {average:.4f}", refresh=False)
@@ -201,10 +220,10 @@ def train(
             _save(checkpoint, modules, optimizer, told, step + 1)
 
 
-def _check_finite(loss: Tensor, step: int, schedule: Schedule) -> None:
-    if not loss.isfinite():
+def _check_finite(name: str, value: Tensor, step: int, schedule: Schedule) -> None:
+    if not value.isfinite():
         raise TrainingError(
-            f"the loss of step {step} is {loss.item()}, at a learning rate of "
+            f"the {name} of step {step} is {value.item()}, at a learning rate of "
             f"{schedule.rate(step):.2g}: expected a finite one. Lower the learning rate, or look "
             "for images with values that are not finite."
         )

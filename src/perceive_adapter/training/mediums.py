@@ -68,10 +68,21 @@ class Mediums(nn.Module):
         model: that is trained; it is not registered here.
         sources: modules from degraded to half-restored image in [0, 1], which are frozen, and
             ``"earlier"`` for the model's own earlier state.
+
+    Raises:
+        ConfigError: a source is something else, or the model is sharded and to be its own medium.
     """
 
     def __init__(self, model: nn.Module, sources: Sequence[MediumSource]) -> None:
         super().__init__()
+        if isinstance(sources, str):
+            raise ConfigError(f"mediums={sources!r}: expected several sources, as [{sources!r}].")
+        for source in sources:
+            if source != EARLIER and not isinstance(source, nn.Module):
+                raise ConfigError(
+                    f"{source!r} makes no medium images: expected a restorer, as a torch.nn.Module "
+                    f"from degraded to half-restored image, or {EARLIER!r}."
+                )
         self.sources = nn.ModuleList(
             EarlierSelf(model) if source == EARLIER else source.requires_grad_(False).eval()
             for source in sources

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
-from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
+from perceive_adapter.errors import CheckpointError, ConfigError, ImageError, TrainingError
 from perceive_adapter.injection.checkpoint import whole
 from perceive_adapter.training.checkpoints import (
     REMEDY,
@@ -88,6 +88,7 @@ class RestorationRun:
             )
         decay = recipe.schedule.weight_decay
         optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=decay)
+        optimizer.zero_grad(set_to_none=True)  # of what the caller did before
         self.step, self.optimizer = accelerator.prepare(step, optimizer)
         self.parameters: list[Tensor] = [p for p in self.step.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.parameters] if recipe.ema else []
@@ -142,16 +143,29 @@ class RestorationRun:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         share = self.accelerator.gradient_accumulation_steps / len(passes)  # which it divides by
+        # One flag for the whole process: a loop that stopped while it accumulated leaves it off.
+        self.accelerator.gradient_state._set_sync_gradients(True)
         for index, samples in enumerate(passes, start=1):
             with self._synchronised(index == len(passes)):
-                terms = self.step(samples)
+                terms = self._terms(step, samples)
                 self.terms = {name: value.detach() for name, value in terms.items()}
                 self.accelerator.backward(terms["total"] * share)
         self.norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.schedule.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            torch._foreach_lerp_(self.ema, self.parameters, 1 - self.recipe.ema)
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.parameters, 1 - self.recipe.ema)
+
+    def _terms(self, step: int, samples: RestorationSample) -> dict[str, Tensor]:
+        try:
+            terms: dict[str, Tensor] = self.step(samples)
+        except ImageError as error:
+            raise TrainingError(
+                f"step {step}, at a learning rate of {self.recipe.schedule.rate(step):.2g}, cannot "
+                f"be computed: {error} If it was the network, lower the learning rate."
+            ) from error
+        return terms
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Let gradients cross the processes in the last pass of a step only."""

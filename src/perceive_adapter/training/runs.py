@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from perceive_adapter.data.contents import content_digest
 from perceive_adapter.errors import CheckpointError, ConfigError
+from perceive_adapter.training.checkpoints import REMEDY, check_settings
 
 __all__ = ["Split", "audit_elsewhere", "claim_folder", "split_photos", "write_json"]
 
@@ -124,21 +125,9 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _check_same(record: Path, options: Mapping[str, Any]) -> None:
-    remedy = "Give another folder, or delete it to start afresh."
     try:
         recorded = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{str(record)!r} is damaged ({error}). {remedy}") from error
-    wanted = json.loads(json.dumps(options))
-    if recorded != wanted:
-        known = recorded if isinstance(recorded, dict) else {}
-        raise CheckpointError(
-            f"{str(record.parent)!r} belongs to a run with {_differing(known, wanted)}, and this "
-            f"one has {_differing(wanted, known)}. Run with the same options and photographs, or: "
-            f"{remedy}"
-        )
-
-
-def _differing(options: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that the others have with another value, or not at all."""
-    return {name: value for name, value in options.items() if others.get(name) != value}
+        raise CheckpointError(f"{str(record)!r} is damaged ({error}). {REMEDY}") from error
+    known = recorded if isinstance(recorded, dict) else {}
+    check_settings(record.parent, known, json.loads(json.dumps(options)))

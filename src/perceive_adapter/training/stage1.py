@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,7 +52,7 @@ class Stage1:
         seed: of everything random.
 
     Raises:
-        ConfigError: ``graded`` is no such weight.
+        ConfigError: a number that cannot work.
     """
 
     schedule: Schedule = _PAPER_SCHEDULE
@@ -62,6 +63,12 @@ class Stage1:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.scenes < 1:
+            raise ConfigError(f"scenes={self.scenes}: expected 1 or more.")
+        if not self.sides or min(self.sides) < 1:
+            raise ConfigError(f"sides={self.sides}: expected at least one, of 1 pixel or more.")
+        if not 0 < self.low <= 1:
+            raise ConfigError(f"low={self.low}: expected a severity above 0, and 1 at most.")
         if not 0 <= self.graded < math.inf:
             raise ConfigError(f"graded={self.graded}: expected a weight of 0 or more.")
 
@@ -110,10 +117,9 @@ def train_perceiver(
     if mediums is None:
         mediums = [Blend((between - i) / (between + 1)) for i in range(between)]
     _check(perceiver, folds, mediums)
-    perceiver.prompts.requires_grad_(True)
     modules: dict[str, torch.nn.Module] = {"prompts": perceiver.prompts}
     if perceiver.heads is not None:
-        modules["heads"] = perceiver.heads.requires_grad_(True)
+        modules["heads"] = perceiver.heads
     device = perceiver.prompts.context.device
     by_severity = perceiver.heads is not None or recipe.graded > 0
 
@@ -126,7 +132,7 @@ def train_perceiver(
             return triplets
         return *triplets, *draw_damaged(folds, recipe.scenes, side, generator)
 
-    with Ahead(draw, recipe.schedule.steps) as ahead:
+    with _trainable(modules), Ahead(draw, recipe.schedule.steps) as ahead:
 
         def loss_at(step: int) -> Tensor:
             images, tiers, *damaged = (part.to(device) for part in ahead(step))
@@ -155,8 +161,18 @@ def train_perceiver(
             every=every,
             title="stage 1",
         )
-    for module in modules.values():
-        module.requires_grad_(False)
+
+
+@contextmanager
+def _trainable(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    """Let modules train, and freeze them at the end, come what may."""
+    try:
+        for module in modules.values():
+            module.requires_grad_(True)
+        yield
+    finally:
+        for module in modules.values():
+            module.requires_grad_(False)
 
 
 def _settings(

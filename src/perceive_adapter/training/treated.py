@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from warnings import warn
 
 import torch
 from torch import Tensor
 
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
+from perceive_adapter.errors import UnseenTaskWarning
 from perceive_adapter.injection.condition import strength
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.losses.difficulty import psnr
+from perceive_adapter.modes import keeping_modes
 from perceive_adapter.training.calling import restored_by
 from perceive_adapter.training.restoration import check_patch
 
@@ -23,7 +26,7 @@ _COVERED = 0.7  # share of the error left by the backbone where something treate
 
 
 @torch.no_grad()
-def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) -> tuple[str, ...]:
+def find_treated(model: PerceiveModel, data: RestorationData, each: int = 32) -> tuple[str, ...]:
     """Tell which degradations to name to :meth:`~perceive_adapter.PerceiveModel.treat`.
 
     A degradation is the backbone's own where the bare backbone raises the PSNR of images in which
@@ -43,15 +46,21 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
     Raises:
         BackboneError: the wrapped network takes no RGB image, is an upscaler, or cannot run on
             patches of this size.
+
+    Warns:
+        UnseenTaskWarning: nothing is named because of a task, which it names.
     """
     names = model.perceiver.degradations if model.perceiver is not None else ()
     if not names:
         return ()
     check_patch(model, data.patch)
-    device, mode = next(model.parameters()).device, model.training
-    model.eval()
-    looked = [_look(model, samples) for samples in _by_task(data.probe(each), device)]
-    model.train(mode)
+    device = next(model.parameters()).device
+    with keeping_modes(model):
+        model.eval()
+        looked = [
+            _look(model, data.tasks[int(samples.task[0])], samples)
+            for samples in _by_task(data.probe(each), device)
+        ]
     own = _own(looked)
     seen = [(task.present.mean(0) >= _SEEN) for task in looked]
     treated = torch.stack(seen).any(0) & ~own
@@ -61,27 +70,38 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 16) ->
         left = task.error * (task.gain < _OWN)
         covered = strength(task.severity[:, treated], task.present[:, treated])
         if covered @ left < _COVERED * left.sum():
+            warn(_unseen(task, float(covered @ left / left.sum())), UnseenTaskWarning, 2)
             return ()
     return tuple(name for name, chosen in zip(names, treated.tolist(), strict=True) if chosen)
+
+
+def _unseen(task: _Looked, share: float) -> str:
+    return (
+        f"the adapter will work on every image, its backbone's own task included: of the error in "
+        f"the task {task.name!r}, only {share:.0%} is where something to treat is perceived. Name "
+        "what it should treat nevertheless (treat(), or --treat), or accept it (--treat everywhere)"
+    )
 
 
 class _Looked(NamedTuple):
     """Samples of a task, as the perceiver sees them and the bare backbone restores them.
 
     Args:
+        name: of the task.
         present: (B, D), presence of each degradation.
         severity: (B, D), of the same.
         gain: (B,), of the backbone in dB.
         error: (B,), mean squared, that it leaves.
     """
 
+    name: str
     present: Tensor
     severity: Tensor
     gain: Tensor
     error: Tensor
 
 
-def _look(model: PerceiveModel, samples: RestorationSample) -> _Looked:
+def _look(model: PerceiveModel, name: str, samples: RestorationSample) -> _Looked:
     with model.disabled():
         restored = restored_by(model, samples.degraded)
     reached = psnr(restored, samples.target)
@@ -89,7 +109,7 @@ def _look(model: PerceiveModel, samples: RestorationSample) -> _Looked:
     seen = model.perceive(model.value_range.from_unit(samples.context))
     assert seen.degradations is not None
     assert seen.severity is not None
-    return _Looked(seen.degradations, seen.severity, gain, 10 ** (-reached / 10))
+    return _Looked(name, seen.degradations, seen.severity, gain, 10 ** (-reached / 10))
 
 
 def _own(looked: Sequence[_Looked]) -> Tensor:
