@@ -77,6 +77,12 @@ def test_other_channels_are_left_to_the_compact_features() -> None:
     net = torch.nn.Sequential(
         torch.nn.Conv2d(5, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 5, 3, padding=1)
     )
+    for asked in (
+        {"perceiver": "perceive-tiny"},
+        {"config": AdapterConfig(semantic="perceive-tiny")},
+    ):
+        with pytest.raises(ConfigError, match="have 5 channels, and a perceiver"):
+            wrap(net, **asked)
     model = wrap(net)
     assert model.perceiver is None
     assert model.injector.config.sources == {"compact": 64}

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from wrapping import moved, oracle, relative, state, wrapped
 from zoo import CASES
 
-from perceive_adapter import BackboneError, PerceiveModel, SiteError, wrap
+from perceive_adapter import BackboneError, ConfigError, PerceiveModel, SiteError, wrap
 
 IMAGE = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -253,3 +253,12 @@ def test_inside_another_module() -> None:
     trainable = {name for name, p in outer.named_parameters() if p.grad is not None}
     assert trainable
     assert all(name.startswith("model.adapters.") for name in trainable)
+
+
+def test_arguments_of_the_wrong_kind_are_named() -> None:
+    net = CASES["u_shape"].net()
+    with pytest.raises(ConfigError, match=r"config is a dict; expected an AdapterConfig"):
+        wrap(net, config={"rank": 4})  # type: ignore[arg-type]
+    with pytest.raises(BackboneError, match=r"give wrap\(\) one that works, example=.*on\.$"):
+        wrap(net, image_arg=1)
+    assert not any(module._forward_hooks for module in net.modules())

@@ -44,7 +44,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="what to do with files without a partner and files that are no images",
     )
     add("--out", metavar="DIR", type=Path, help="where table, CSV, stamp and pictures are written")
-    add("--tile", type=integer(96, 2**16), metavar="PX", help="side of tiles, for large images")
+    add(
+        "--tile",
+        type=integer(96, 2**16),
+        metavar="PX",
+        help="side of tiles, for large images; 96 or more",
+    )
     add("--limit", type=integer(1, 10**6), metavar="N", help="images of each group (all)")
     add("--device", type=device, default="auto", help="cpu, cuda, cuda:1 or auto (default)")
 

@@ -112,6 +112,12 @@ def wrap(
         found = perceiver = None
         config = _with_sources(given, found, semantic)
         plan = plan_sites(backbone, config=config, **where)
+    if plan.image_channels not in (1, 3) and (found is not None or semantic is not None):
+        raise ConfigError(
+            f"the backbone's images have {plan.image_channels} channels, and a perceiver or a "
+            "semantic model sees gray and RGB images alone; leave it out, or name sources that you "
+            "will give with each image: perceiver=False, config=AdapterConfig(sources=...)"
+        )
     return _assemble(
         backbone,
         PromptInjector(plan, config),
