@@ -167,8 +167,11 @@ def test_maps_are_not_perceived_again(tmp_path: Path, saved: Path, capsys: Any) 
         assert perceive(tmp_path, *given) == 0
         assert len(json.loads(capsys.readouterr().out)) == 2
     assert len(list((tmp_path / "maps").iterdir())) == 2
-    assert perceive(tmp_path / "maps", *given) == 0  # they are what is asked for
-    assert len(json.loads(capsys.readouterr().out)) == 2
+    (tmp_path / "maps" / "more").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "maps" / "more")
+    for folder, count in (("maps", 3), ("maps/more", 1)):  # they are what is asked for
+        assert perceive(tmp_path / folder, *given) == 0
+        assert len(json.loads(capsys.readouterr().out)) == count
 
 
 def test_a_map_that_cannot_be_written(tmp_path: Path, saved: Path, capsys: Any) -> None:

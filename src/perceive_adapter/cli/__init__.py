@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from perceive_adapter._version import __version__
-from perceive_adapter.cli import evaluate, finetune, inspect, perceive, train_perceiver
+from perceive_adapter.cli import evaluate, finetune, inspect, perceive, restore, train_perceiver
 from perceive_adapter.cli.options import with_config
 from perceive_adapter.errors import PerceiveError
 
@@ -30,7 +30,7 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: tuple[Command, ...] = (perceive, train_perceiver, finetune, evaluate, inspect)
+COMMANDS: tuple[Command, ...] = (perceive, train_perceiver, finetune, evaluate, restore, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
