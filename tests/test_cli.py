@@ -167,8 +167,11 @@ def test_maps_are_not_perceived_again(tmp_path: Path, saved: Path, capsys: Any) 
         assert perceive(tmp_path, *given) == 0
         assert len(json.loads(capsys.readouterr().out)) == 2
     assert len(list((tmp_path / "maps").iterdir())) == 2
-    assert perceive(tmp_path / "maps", *given) == 0  # they are what is asked for
-    assert len(json.loads(capsys.readouterr().out)) == 2
+    (tmp_path / "maps" / "more").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "maps" / "more")
+    for folder, count in (("maps", 3), ("maps/more", 1)):  # they are what is asked for
+        assert perceive(tmp_path / folder, *given) == 0
+        assert len(json.loads(capsys.readouterr().out)) == count
 
 
 def test_a_map_that_cannot_be_written(tmp_path: Path, saved: Path, capsys: Any) -> None:
@@ -261,6 +264,14 @@ def test_names_that_the_terminal_cannot_show(tmp_path: Path, saved: Path) -> Non
         header, *rows = printed.splitlines()
         assert {Path(row.split()[0]).name for row in rows} == {shown, r"\udcff.png", "plain.png"}
         assert {row[header.index("score") - 1] for row in rows} == {" "}
+
+
+def test_a_reader_who_has_enough_ends_it_quietly(photos: Path, saved: Path) -> None:
+    told = [sys.executable, "-m", "perceive_adapter", "perceive", "--perceiver", str(saved)]
+    run = subprocess.Popen([*told, photos], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == b""
+    assert run.wait() == 141
 
 
 def test_an_unknown_perceiver(photos: Path, tmp_path: Path, capsys: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from perceive_adapter.errors import CheckpointError, ConfigError
 
-__all__ = ["PICKLES", "DamagedError", "figures_table", "load_folder", "save_folder"]
+__all__ = ["PICKLES", "DamagedError", "figures_table", "load_folder", "replace_file", "save_folder"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -83,9 +83,9 @@ def save_folder(
         raise CheckpointError(f"cannot make the folder {str(folder)!r}: {error}") from error
     stored = {name: _detached(tensor) for name, tensor in tensors.items()}
     data = safetensors.torch.save(stored, metadata={"format": "pt"})
-    _replace(folder / tensors_name, data)
-    _replace(folder / config_name, _dump({**config, "sha256": _sha256(data)}))
-    _replace(folder / "README.md", card.encode(errors="backslashreplace"))
+    replace_file(folder / tensors_name, data)
+    replace_file(folder / config_name, _dump({**config, "sha256": _sha256(data)}))
+    replace_file(folder / "README.md", card.encode(errors="backslashreplace"))
     return folder
 
 
@@ -208,9 +208,12 @@ def _read_tensors(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
         raise DamagedError(f"{where} is not a safetensors file ({error}). {remedy}") from error
 
 
-def _replace(target: Path, data: bytes) -> None:
-    """Write a file beside ``target`` and move it into place."""
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+def replace_file(target: Path, data: bytes) -> None:
+    """Write a file beside ``target`` and move it into place.
+
+    The draft's name is short, as ``target`` may have the longest name that there can be.
+    """
+    draft = target.with_name(f".{uuid.uuid4().hex}")
     try:
         draft.write_bytes(data)
         os.replace(draft, target)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol
 
 from perceive_adapter._version import __version__
-from perceive_adapter.cli import evaluate, finetune, inspect, perceive, train_perceiver
+from perceive_adapter.cli import evaluate, finetune, inspect, perceive, restore, train_perceiver
 from perceive_adapter.cli.options import with_config
 from perceive_adapter.errors import PerceiveError
 
@@ -30,7 +31,7 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: tuple[Command, ...] = (perceive, train_perceiver, finetune, evaluate, inspect)
+COMMANDS: tuple[Command, ...] = (perceive, train_perceiver, finetune, evaluate, restore, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0: done. 1: done, except for files that could not be read. 2: cannot be done; why and the
-        remedy are on stderr. 130: interrupted.
+        remedy are on stderr. 130: interrupted. 141: nobody reads the output.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: no name ends a run
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = sys.argv[1:] if argv is None else argv
         arguments = parser.parse_args(with_config(given, commands))
         code: int = arguments.run(arguments)
+    except BrokenPipeError:  # who reads the output has enough; nor may the last flush fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (PerceiveError, OSError) as error:
         print(f"perceive-adapter: {error}", file=sys.stderr)
         return 2

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from perceive_adapter.cli.options import device, integer
 from perceive_adapter.errors import BackboneError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     from perceive_adapter.evaluation.measure import Restore
     from perceive_adapter.injection.model import PerceiveModel
 
-__all__ = ["BACKBONE_HELP", "add_network", "load_network", "side_by_side"]
+__all__ = [
+    "BACKBONE_HELP",
+    "add_network",
+    "add_restoring",
+    "load_network",
+    "load_wrapped",
+    "side_by_side",
+]
 
 BACKBONE_HELP: Final = (
     "a checkpoint file (.pth, .pt, .safetensors) of an architecture that spandrel knows, or "
@@ -36,6 +44,18 @@ def add_network(parser: ArgumentParser, *, without_adapter: str) -> None:
     )
 
 
+def add_restoring(parser: ArgumentParser) -> None:
+    """Declare ``--tile`` and ``--device``: how images are restored, and where."""
+    add = parser.add_argument
+    add(
+        "--tile",
+        type=integer(96, 2**16),
+        metavar="PX",
+        help="side of tiles, 96 or more, for large images",
+    )
+    add("--device", type=device, default="auto", help="cpu, cuda, cuda:1 or auto (default)")
+
+
 def load_network(told: str, option: str = "--backbone") -> nn.Module:
     """Return the network that ``told`` names.
 
@@ -53,6 +73,19 @@ def load_network(told: str, option: str = "--backbone") -> nn.Module:
     if not separator or not module or not function:
         raise BackboneError(f"{option} {told}: expected {BACKBONE_HELP}.")
     return _from_code(module, function, option)
+
+
+def load_wrapped(arguments: Namespace) -> PerceiveModel:
+    """Return the network with its adapter on the device; without one, it is to be ``disabled()``.
+
+    Raises:
+        As :func:`load_network` and :func:`~perceive_adapter.wrap`.
+    """
+    from perceive_adapter.injection.wrap import wrap
+
+    backbone = load_network(arguments.backbone).to(arguments.device).eval()
+    alone = arguments.adapter is None
+    return wrap(backbone, arguments.adapter, perceiver=False if alone else None)
 
 
 def side_by_side(model: PerceiveModel, tile: int | None = None) -> dict[str, Restore]:

@@ -9,8 +9,13 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from perceive_adapter.cli.backbones import add_network, load_network, side_by_side
-from perceive_adapter.cli.options import device, integer, needs
+from perceive_adapter.cli.backbones import (
+    add_network,
+    add_restoring,
+    load_wrapped,
+    side_by_side,
+)
+from perceive_adapter.cli.options import check_folder, integer, needs
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,14 +49,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="what to do with files without a partner and files that are no images",
     )
     add("--out", metavar="DIR", type=Path, help="where table, CSV, stamp and pictures are written")
-    add(
-        "--tile",
-        type=integer(96, 2**16),
-        metavar="PX",
-        help="side of tiles, for large images; 96 or more",
-    )
     add("--limit", type=integer(1, 10**6), metavar="N", help="images of each group (all)")
-    add("--device", type=device, default="auto", help="cpu, cuda, cuda:1 or auto (default)")
+    add_restoring(parser)
 
 
 def run(arguments: Namespace) -> int:
@@ -63,8 +62,7 @@ def run(arguments: Namespace) -> int:
 
     out: Path | None = arguments.out
     if out is not None:
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{str(out)!r} is a file: give the name of a folder.")
+        check_folder(out)
         if arguments.protocol == "synthetic" and out.resolve().is_relative_to(
             arguments.data.resolve()
         ):
@@ -96,13 +94,8 @@ def run(arguments: Namespace) -> int:
 
 def _networks(arguments: Namespace) -> dict[str, Restore]:
     """The backbone alone, and wrapped where there is an adapter."""
-    from perceive_adapter.injection.wrap import wrap
-
-    backbone = load_network(arguments.backbone).to(arguments.device).eval()
-    if arguments.adapter is not None:
-        return side_by_side(wrap(backbone, arguments.adapter), arguments.tile)
-    both = side_by_side(wrap(backbone, perceiver=False), arguments.tile)
-    return {"backbone": both["backbone"]}
+    both = side_by_side(load_wrapped(arguments), arguments.tile)
+    return both if arguments.adapter is not None else {"backbone": both["backbone"]}
 
 
 def _limited(cases: list[Case], limit: int) -> list[Case]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from perceive_adapter.errors import ConfigError, MissingDependencyError
 
-__all__ = ["between", "device", "integer", "needs", "rate", "with_config"]
+__all__ = ["between", "check_folder", "device", "integer", "needs", "rate", "with_config"]
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -79,6 +79,12 @@ def needs(*modules: str, extra: str) -> None:
             f"{' and '.join(missing)} not installed: pip install "
             f'"perceive-adapter[{extra}]", or that alone.'
         )
+
+
+def check_folder(out: Path) -> None:
+    """Raise ConfigError if an output folder's name is a file's."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{str(out)!r} is a file: give the name of a folder.")
 
 
 def with_config(argv: Sequence[str], commands: Mapping[str, ArgumentParser]) -> list[str]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from argparse import ArgumentParser, Namespace
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perceive_adapter.cli.images import (
+    PERCEIVED,
+    Report,
+    as_rgb,
+    as_seen,
+    column,
+    find_inputs,
+    free_names,
+    look,
+    row,
+    shown,
+)
 from perceive_adapter.cli.options import device
-from perceive_adapter.errors import ConfigError, ImageError
+from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +30,8 @@ if TYPE_CHECKING:
 NAME = "perceive"
 SUMMARY = "Tell the quality, the degradations and their severity of images"
 
-_PRESENT = 0.5  # probability from which a degradation is listed
 _RAMP = ("#b2182b", "#f7f7f7", "#2166ac")  # red to blue, which the colour-blind tell apart too
 _OPACITY = 0.45
-_REMEDY = (
-    "Give an 8-bit gray or RGB image, with or without alpha (JPEG, PNG, WebP, BMP, TIFF), or "
-    "leave this one out."
-)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -71,28 +74,16 @@ def run(arguments: Namespace) -> int:
     perceiver = QualityPerceiver.from_pretrained(
         arguments.perceiver, revision=arguments.revision
     ).to(arguments.device)
-    files, failed = _find(arguments.paths, arguments.map)
+    report = Report(as_json=arguments.json)
+    files = [found.file for found in find_inputs(arguments.paths, arguments.map, report)]
     maps = [None] * len(files) if arguments.map is None else _map_files(files, arguments.map)
-    width = max((len(_shown(file)) for file in files), default=4)
-    if not arguments.json:
-        print(f"{'file':{width}}  score  {'tier':8}  degradations and their severity")
-    records, count = [], 0
-    for file, drawn in zip(files, maps, strict=True):
-        try:
-            record = _perceive(perceiver, file, drawn)
-        except ImageError as error:
-            failed = True
-            _complain(f"skipped {_shown(file)}: {error}. {_REMEDY}")
-            continue
-        count += 1
-        failed |= drawn is not None and "map" not in record
-        if arguments.json:
-            records.append(record)
-        else:
-            print(f"{_shown(file):{width}}  {_row(record)}", flush=True)
-    if arguments.json:
-        print(json.dumps(records, indent=2, allow_nan=False))
-    return int(failed) if count else 2
+    head, *names = column("file", files)
+    report.head(f"{head}  {PERCEIVED}")
+    for file, name, drawn in zip(files, names, maps, strict=True):
+        with report.skipping(file):
+            record = _perceive(perceiver, file, drawn, report)
+            report.add(record, f"{name}  {row(record)}")
+    return report.end()
 
 
 def _check_revision(arguments: Namespace) -> None:
@@ -105,80 +96,24 @@ def _check_revision(arguments: Namespace) -> None:
         )
 
 
-def _find(paths: Sequence[Path], maps: Path | None) -> tuple[list[Path], bool]:
-    """Search the folders among the paths, but for one of maps, and tell whether one is empty."""
-    from perceive_adapter.data.samples import IMAGE_SUFFIXES, find_images
-
-    files, failed = [], False
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        try:
-            found = find_images(path)
-        except ConfigError:
-            failed = True
-            _complain(
-                f"skipped the folder {_shown(path)}: it holds no image, at any depth. Give a "
-                f"folder of files that end in {', '.join(IMAGE_SUFFIXES)}."
-            )
-            continue
-        if maps is not None and (folder := _place(maps)) != _place(path):
-            found = [file for file in found if not _place(file).startswith(f"{folder}{os.sep}")]
-        files += found
-    return files, failed
-
-
 def _map_files(files: Sequence[Path], folder: Path) -> list[Path]:
     """Name a PNG for each file: no two alike, and none of them an image that is perceived."""
     folder.mkdir(parents=True, exist_ok=True)
-    taken = {_place(file) for file in files}
-    counts: Counter[str] = Counter()
-    named = []
-    for file in files:
-        while True:
-            counts[file.stem.lower()] += 1
-            count = counts[file.stem.lower()]
-            target = folder / f"{file.stem}-quality{f'-{count}' if count > 1 else ''}.png"
-            if _place(target) not in taken:
-                break
-        taken.add(_place(target))
-        named.append(target)
-    return named
+    return free_names([folder / f"{file.stem}-quality.png" for file in files], files)
 
 
-def _place(file: Path) -> str:
-    """Where a file lies, alike for names that some file systems take for the same."""
-    return os.path.realpath(file).lower()
-
-
-def _perceive(perceiver: QualityPerceiver, file: Path, drawn: Path | None) -> dict[str, Any]:
+def _perceive(
+    perceiver: QualityPerceiver, file: Path, drawn: Path | None, report: Report
+) -> dict[str, Any]:
     """Perceive one file, draw its map where that can be written, and return all that was found."""
-    import torch
-
-    from perceive_adapter.data.images import read_image
-
-    pixels = read_image(file).color.expand(-1, 3, -1, -1)
-    image = pixels.to(perceiver.prompts.context.device, torch.float32) / 255
-    with torch.no_grad():
-        perceived = perceiver(image)
-    tiers = dict(zip(perceiver.tiers, perceived.tiers[0].tolist(), strict=True))
-    names = perceiver.degradations
-    record = {
-        "file": str(file),
-        "score": perceived.score[0].item(),
-        "tier": max(tiers, key=tiers.__getitem__),
-        "tiers": tiers,
-        "degradations": dict(zip(names, perceived.degradations[0].tolist(), strict=True)),
-        "severity": dict(zip(names, perceived.severity[0].tolist(), strict=True)),
-        "embedding": perceived.embedding[0].tolist(),
-    }
+    pixels = as_rgb(file)
+    record = {"file": str(file), **look(perceiver, pixels)}
     if drawn is not None:
         try:
-            _draw(pixels[0], perceiver.quality_map(image)[0], drawn)
+            _draw(pixels[0], perceiver.quality_map(as_seen(pixels, perceiver))[0], drawn)
             record["map"] = str(drawn)
         except OSError as error:
-            _complain(f"the map of {_shown(file)} cannot be written: {error}")
+            report.complain(f"the map of {shown(file)} cannot be written: {error}")
     return record
 
 
@@ -191,23 +126,3 @@ def _draw(pixels: Tensor, quality: Tensor, target: Path) -> None:
     smooth = levels.resize(photo.size, Image.Resampling.BILINEAR)
     low, middle, high = _RAMP
     Image.blend(photo, ImageOps.colorize(smooth, low, high, middle), _OPACITY).save(target)
-
-
-def _row(record: dict[str, Any]) -> str:
-    """The row of the table after the file's name."""
-    severity = record["severity"]
-    present = [name for name, value in record["degradations"].items() if value >= _PRESENT]
-    present.sort(key=severity.__getitem__, reverse=True)
-    listed = ", ".join(f"{name.replace('_', ' ')} {severity[name]:.2f}" for name in present)
-    none = "none" if severity else "not told by this perceiver"
-    return f"{record['score']:5.3f}  {record['tier']:8}  {listed or none}"
-
-
-def _shown(path: Path) -> str:
-    """The path as it will be printed, where its characters are not all in stdout's encoding."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return str(path).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _complain(message: str) -> None:
-    print(f"perceive-adapter: {message}", file=sys.stderr)

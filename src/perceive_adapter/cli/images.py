@@ -1,0 +1,193 @@
+"""Image files that a command is given: finding them, naming what is made of them, telling of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from perceive_adapter.errors import ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perceive_adapter.data.images import Image
+    from perceive_adapter.perceiver import QualityPerceiver
+
+__all__ = [
+    "PERCEIVED",
+    "Found",
+    "Report",
+    "as_rgb",
+    "as_seen",
+    "column",
+    "find_inputs",
+    "free_names",
+    "look",
+    "row",
+    "shown",
+]
+
+PERCEIVED = f"score  {'tier':8}  degradations and their severity"  # the head of :func:`row`
+_PRESENT = 0.5  # probability from which a degradation is listed
+_REMEDY = (
+    "Give an 8-bit gray or RGB image, with or without alpha (JPEG, PNG, WebP, BMP, TIFF), or "
+    "leave this one out."
+)
+
+
+class Found(NamedTuple):
+    """An image file, and its name below the folder in which it was found."""
+
+    file: Path
+    below: Path
+
+
+class Report:
+    """What is told of images, as rows or as a JSON array, and of those that cannot be done."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._records: list[dict[str, Any]] | None = [] if as_json else None
+        self._count = 0
+        self._failed = False
+
+    def head(self, line: str) -> None:
+        """Tell the names of the columns."""
+        if self._records is None:
+            print(line)
+
+    def add(self, record: dict[str, Any], line: str) -> None:
+        """Tell of an image: by its record in JSON, or else by its row."""
+        self._count += 1
+        if self._records is None:
+            print(line, flush=True)
+        else:
+            self._records.append(record)
+
+    def complain(self, message: str) -> None:
+        """Tell what cannot be done, on stderr."""
+        self._failed = True
+        print(f"perceive-adapter: {message}", file=sys.stderr)
+
+    @contextmanager
+    def skipping(self, file: Path) -> Iterator[None]:
+        """Go on after an image that is none, or none that can be worked on."""
+        try:
+            yield
+        except ImageError as error:
+            self.complain(f"skipped {shown(file)}: {error}. {_REMEDY}")
+
+    def end(self) -> int:
+        """Print the array, and return the exit code: 0 all done, 1 some, 2 none."""
+        if self._records is not None:
+            print(json.dumps(self._records, indent=2, allow_nan=False))
+        return int(self._failed) if self._count else 2
+
+
+def find_inputs(paths: Sequence[Path], outputs: Path | None, report: Report) -> list[Found]:
+    """Search the folders among the paths, but for one of outputs that lies in them."""
+    from perceive_adapter.data.samples import IMAGE_SUFFIXES, images_below
+
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(Found(path, Path(path.name)))
+            continue
+        found = [Found(file, file.relative_to(path)) for file in images_below(path)]
+        found = [one for one in found if one.file.is_file()]
+        if outputs is not None and not _lies_in(path, outputs):
+            found = [one for one in found if not _lies_in(one.file, outputs)]
+        if not found:
+            report.complain(
+                f"skipped the folder {shown(path)}: it holds no image, at any depth. Give a "
+                f"folder of files that end in {', '.join(IMAGE_SUFFIXES)}."
+            )
+        files += found
+    return files
+
+
+def free_names(wanted: Iterable[Path], taken: Iterable[Path]) -> list[Path]:
+    """Number the files that are taken or wanted twice: ``a.png``, ``a-2.png``, ``a-3.png``."""
+    places = {_place(file) for file in taken}
+    counts: Counter[str] = Counter()
+    free = []
+    for file in wanted:
+        while True:
+            counts[str(file).lower()] += 1
+            count = counts[str(file).lower()]
+            named = file.with_name(f"{file.stem}-{count}{file.suffix}") if count > 1 else file
+            if _place(named) not in places:
+                break
+        places.add(_place(named))
+        free.append(named)
+    return free
+
+
+def _place(file: Path) -> str:
+    """Where a file lies, alike for names that some file systems take for the same."""
+    return os.path.realpath(file).lower()
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether it is the folder, or lies in it at any depth."""
+    return f"{_place(path)}{os.sep}".startswith(f"{_place(folder)}{os.sep}")
+
+
+def as_rgb(image: Image) -> Tensor:
+    """Read an image as RGB (1, 3, H, W) of 8 bits; gray is repeated, alpha is dropped."""
+    from perceive_adapter.data.images import read_image
+
+    return read_image(image).color.expand(-1, 3, -1, -1)
+
+
+def as_seen(pixels: Tensor, perceiver: QualityPerceiver) -> Tensor:
+    """Put RGB of 8 bits into the range and onto the device of a perceiver."""
+    import torch
+
+    return pixels.to(perceiver.prompts.context.device, torch.float32) / 255
+
+
+def look(perceiver: QualityPerceiver, pixels: Tensor) -> dict[str, Any]:
+    """Return all that is perceived of one image, RGB (1, 3, H, W) of 8 bits, as JSON has it."""
+    import torch
+
+    with torch.no_grad():
+        perceived = perceiver(as_seen(pixels, perceiver))
+    tiers = dict(zip(perceiver.tiers, perceived.tiers[0].tolist(), strict=True))
+    names = perceiver.degradations
+    return {
+        "score": perceived.score[0].item(),
+        "tier": max(tiers, key=tiers.__getitem__),
+        "tiers": tiers,
+        "degradations": dict(zip(names, perceived.degradations[0].tolist(), strict=True)),
+        "severity": dict(zip(names, perceived.severity[0].tolist(), strict=True)),
+        "embedding": perceived.embedding[0].tolist(),
+    }
+
+
+def row(record: dict[str, Any]) -> str:
+    """What :func:`look` has told of an image, as columns of a table."""
+    severity = record["severity"]
+    present = [name for name, value in record["degradations"].items() if value >= _PRESENT]
+    present.sort(key=severity.__getitem__, reverse=True)
+    listed = ", ".join(f"{name.replace('_', ' ')} {severity[name]:.2f}" for name in present)
+    none = "none" if severity else "not told by this perceiver"
+    return f"{record['score']:5.3f}  {record['tier']:8}  {listed or none}"
+
+
+def column(title: str, paths: Iterable[Path]) -> list[str]:
+    """The title and the paths as they will be printed, of one width."""
+    cells = [title, *map(shown, paths)]
+    width = max(map(len, cells))
+    return [cell.ljust(width) for cell in cells]
+
+
+def shown(path: Path) -> str:
+    """The path as it will be printed, where its characters are not all in stdout's encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return str(path).encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,147 @@
+"""``perceive-adapter restore``: image files through a backbone with its adapter."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceive_adapter.cli.backbones import add_network, add_restoring, load_wrapped
+from perceive_adapter.cli.images import (
+    PERCEIVED,
+    Found,
+    Report,
+    as_rgb,
+    column,
+    find_inputs,
+    free_names,
+    look,
+    row,
+    shown,
+)
+from perceive_adapter.cli.options import check_folder
+from perceive_adapter.errors import BackboneError, ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from perceive_adapter.injection.model import PerceiveModel
+
+NAME = "restore"
+SUMMARY = "Restore images with a backbone and its adapter"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.epilog = (
+        "Exit code: 0 all images were restored; 1 some could not be read, restored or written, "
+        "the others were restored; 2 nothing could be done."
+    )
+    add = parser.add_argument
+    add("paths", metavar="PATH", nargs="+", type=Path, help="image, or folder to search for images")
+    add_network(parser, without_adapter="the backbone alone restores")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="where each restored image is written as a PNG, by its name below the folder that "
+        "was given; a name that is taken is numbered, as of a.jpg beside a.png",
+    )
+    add("--overwrite", action="store_true", help="replace restored images that are there already")
+    add(
+        "--json",
+        action="store_true",
+        help="print a JSON array instead of a table: for each image the restored one's file, and "
+        "what the adapter's perceiver tells of it, as perceive --json has it",
+    )
+    add_restoring(parser)
+
+
+def run(arguments: Namespace) -> int:
+    """Restore the images, and print where they are and what was perceived."""
+    report = Report(as_json=arguments.json)
+    found = _find(arguments.paths, arguments.out, report)
+    targets = _targets(found, arguments.out, overwrite=arguments.overwrite)
+    model = load_wrapped(arguments)
+    if (channels := model.sites.image_channels) not in (1, 3):
+        raise BackboneError(
+            f"--backbone {arguments.backbone} takes images of {channels} channels: expected gray "
+            "or RGB, as image files are. Call model.restore in Python with what it takes."
+        )
+    head, *names = column("file", [one.file for one in found])
+    head_out, *names_out = column("restored", targets)
+    report.head(f"{head}  {head_out}{f'  {PERCEIVED}' if model.perceiver is not None else ''}")
+    with nullcontext() if arguments.adapter is not None else model.disabled():
+        for (file, _), target, *cells in zip(found, targets, names, names_out, strict=True):
+            with report.skipping(file):
+                record = _restore(model, file, target, arguments.tile, report)
+                if record is not None:
+                    cells += [row(record)] if model.perceiver is not None else []
+                    report.add(record, "  ".join(cells))
+    return report.end()
+
+
+def _find(paths: Sequence[Path], out: Path, report: Report) -> list[Found]:
+    """Find the images, none of which may be meant to lie among the restored ones."""
+    check_folder(out)
+    for path in paths:
+        if path.is_dir() and out.exists() and path.samefile(out):
+            raise ConfigError(
+                f"--out {out} is a folder whose images are to be restored, and the restored ones "
+                "would be taken for such the next time. Give a folder elsewhere, or one inside it."
+            )
+    return find_inputs(paths, out, report)
+
+
+def _targets(found: Sequence[Found], out: Path, *, overwrite: bool) -> list[Path]:
+    """Name a PNG for each image: no two alike, none an input, and none there if not asked for."""
+    wanted = [out / below.with_name(f"{below.stem}.png") for _, below in found]
+    targets = free_names(wanted, [file for file, _ in found])
+    there = [] if overwrite else [target for target in targets if os.path.lexists(target)]
+    if there:
+        raise ConfigError(
+            f"--out {out} holds {len(there)} of the {len(targets)} restored images already, such "
+            f"as {str(there[0])!r}. Give another folder, or --overwrite to replace them."
+        )
+    return targets
+
+
+def _restore(
+    model: PerceiveModel, file: Path, target: Path, tile: int | None, report: Report
+) -> dict[str, Any] | None:
+    """Restore one file and return what is told of it, or complain where that cannot be done."""
+    import torch
+
+    from perceive_adapter.data.images import open_image
+
+    image = open_image(file, str(file))
+    try:
+        restored = model.restore(image, tile=tile)
+        seen = {} if model.perceiver is None else look(model.perceiver, as_rgb(image))
+    except torch.OutOfMemoryError:
+        report.complain(
+            f"skipped {shown(file)}: {image.width} x {image.height} pixels do not fit into memory "
+            "at once. Give --tile, such as --tile 512, or a smaller one."
+        )
+        return None
+    try:
+        _write(restored, target, image.info.get("icc_profile"))
+    except OSError as error:
+        report.complain(f"the restored {shown(file)} cannot be written: {error}")
+        return None
+    return {"file": str(file), "restored": str(target), **seen}
+
+
+def _write(restored: Image.Image, target: Path, profile: bytes | None) -> None:
+    """Write a PNG, in the colour space of the image that was restored; it is whole or not there."""
+    from perceive_adapter.folders import replace_file
+
+    data = BytesIO()
+    restored.save(data, "PNG", icc_profile=profile)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target, data.getvalue())
