@@ -61,7 +61,10 @@ class FoundPairs:
 
 
 def find_pairs(
-    folder: str | os.PathLike[str], *, broken: Literal["raise", "skip"] = "raise"
+    folder: str | os.PathLike[str],
+    *,
+    broken: Literal["raise", "skip"] = "raise",
+    deep: bool = True,
 ) -> FoundPairs:
     """Find the pairs below a folder, at any depth.
 
@@ -90,6 +93,8 @@ def find_pairs(
         broken: what to do with a file without a partner or one of its own, a file that is no image,
             an image of a kind that cannot be used, and a pair of two sizes: raise an error that
             names them, or leave them out and say so in ``skipped``.
+        deep: also sets and shards in deeper folders; otherwise only ``folder`` as a set itself, and
+            shards directly in it.
 
     Raises:
         ConfigError: there is no such folder or no set in it, a set has several folders for one
@@ -99,7 +104,7 @@ def find_pairs(
     root = Path(folder)
     pairs: list[Pair] = []
     problems: list[str] = []
-    sets, shards = list(_sets(root)), shards_below(root)
+    sets, shards = list(_sets(root, deep)), shards_below(root, deep=deep)
     if not sets and not shards:
         raise ConfigError(f"{str(root)!r} holds no set of pairs: {_expected()}")
     for degraded, target, mediums in sets:
@@ -128,8 +133,12 @@ def find_pairs(
     return FoundPairs(tuple(pairs), tuple(problems))
 
 
-def holds_pairs(folder: str | os.PathLike[str]) -> bool:
+def holds_pairs(folder: str | os.PathLike[str], *, deep: bool = True) -> bool:
     """Tell whether a folder holds sets of pairs or shards, whatever is wrong with their files.
+
+    Args:
+        folder: where to look.
+        deep: also in folders below it, at any depth.
 
     Raises:
         ConfigError: there is no such folder.
@@ -138,9 +147,9 @@ def holds_pairs(folder: str | os.PathLike[str]) -> bool:
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
     known = (DEGRADED_FOLDERS, TARGET_FOLDERS)
-    return bool(shards_below(root)) or any(
+    return bool(shards_below(root, deep=deep)) or any(
         all(any(name.casefold() in side for name in names) for side in known)
-        for _, names, _ in walk(root)
+        for _, names, _ in walk(root, deep=deep)
     )
 
 
@@ -179,11 +188,11 @@ def _read(file: File) -> Tensor:
     return read_image(image).color[0].expand(3, -1, -1).contiguous()
 
 
-def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
+def _sets(root: Path, deep: bool) -> Iterator[tuple[Path, Path, list[Path]]]:
     """Yield the folders of degraded, of clean and of half-restored images of every set."""
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
-    for parent, names, _ in walk(root):
+    for parent, names, _ in walk(root, deep=deep):
         sides = [
             [name for name in names if name.casefold() in known]
             for known in (DEGRADED_FOLDERS, TARGET_FOLDERS)

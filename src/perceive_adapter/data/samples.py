@@ -78,29 +78,33 @@ class Samples:
         return torch.stack([self.severity[:, kinds].amax(dim=1) for kinds in columns], dim=1)
 
 
-def images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path, *, deep: bool = True) -> list[Path]:
     """Return the files below a folder that are named like images, in the order of their paths."""
     return sorted(
         parent / name
-        for parent, _, names in walk(folder)
+        for parent, _, names in walk(folder, deep=deep)
         for name in names
         if Path(name).suffix.lower() in IMAGE_SUFFIXES
     )
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+def find_images(folder: str | os.PathLike[str], *, deep: bool = True) -> list[Path]:
     """Return every image file below a folder, in the order of their paths.
+
+    Args:
+        folder: where to look.
+        deep: also in folders below it, at any depth.
 
     Raises:
         ConfigError: there is no such folder, or it holds no image.
     """
     root = Path(folder)
-    found = [path for path in images_below(root) if path.is_file()]
+    found = [path for path in images_below(root, deep=deep) if path.is_file()]
     if not found:
         state = "holds no image" if root.is_dir() else "is no folder"
         raise ConfigError(
             f"{str(root)!r} {state}: expected a folder of clean photographs in files that end in "
-            f"{', '.join(IMAGE_SUFFIXES)}, at any depth."
+            f"{', '.join(IMAGE_SUFFIXES)}, {'at any depth' if deep else 'directly in it'}."
         )
     return found
 
