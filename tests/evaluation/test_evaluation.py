@@ -94,6 +94,7 @@ def test_every_task_at_both_severities(tmp_path: Path) -> None:
     assert errors[2] < errors[3]
 
 
+@pytest.mark.filterwarnings("ignore:2 images below")  # of CBSD68, which are in no pairs
 def test_images_of_one_name_are_told_apart_and_counted(tmp_path: Path) -> None:
     for scene in ("a", "b"):
         save(tmp_path / "rain" / "input" / scene / "0.png", PHOTO // 2)
