@@ -1,6 +1,8 @@
 """Images of any kind to planes, and back to the same kind."""
 
+import struct
 import warnings
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from PIL import Image, features
 
 from perceive_adapter.data.heads import image_size
-from perceive_adapter.data.images import read_image
+from perceive_adapter.data.images import open_image, read_image
 from perceive_adapter.errors import ImageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
@@ -143,6 +145,51 @@ def test_sizes_and_opened_files_are_turned_as_decoding_does(
     assert image_size(file) == tuple(decoded.shape[2:])
     with Image.open(file) as opened:
         assert torch.equal(read_image(opened).color, decoded)
+    assert torch.equal(read_image(open_image(file, "once")).color, decoded)
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+DAMAGED = {
+    "no header": b"Exif\0\0nothing",
+    "cut in the header": b"Exif\0\0MM\0*",
+    "cut in the tags": TURNED.tobytes()[:-9],
+    "tags elsewhere": b"Exif\0\0MM\0*\xff\xff\xff\xff",
+    "no count": b"Exif\0\0MM\0*\0\0\0\x08",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File Read")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_photographs_whose_exif_is_damaged_are_upright(
+    damage: str, suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"photo.{suffix}"
+    Image.fromarray(PIXELS[..., :3]).save(file, exif=DAMAGED[damage])
+    assert image_size(file) == (5, 7)
+    assert read_image(file).color.shape[2:] == (5, 7)
+    with Image.open(file) as opened:
+        assert read_image(opened).color.shape[2:] == (5, 7)
+        assert read_image(opened).color.shape[2:] == (5, 7)
+
+
+def test_photographs_are_turned_whatever_else_their_exif_holds(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    data = exif.tobytes().replace(b"\x01\x1a\0\5", b"\x01\x1a\0\2")  # no fraction, but text
+    Image.fromarray(PIXELS[..., :3]).save(tmp_path / "photo.png", exif=data)
+    assert image_size(tmp_path / "photo.png") == (7, 5)
+    assert read_image(tmp_path / "photo.png").color.shape[2:] == (7, 5)
+
+
+def test_of_two_exifs_of_a_png_the_later_one_counts(tmp_path: Path) -> None:
+    file = tmp_path / "photo.png"
+    Image.fromarray(PIXELS[..., :3]).save(file, exif=TURNED)
+    late = b"eXIf" + DAMAGED["no header"]
+    late = struct.pack(">I", len(late) - 4) + late + struct.pack(">I", zlib.crc32(late))
+    file.write_bytes(file.read_bytes()[:-12] + late + file.read_bytes()[-12:])
+    assert image_size(file) == tuple(read_image(file).color.shape[2:]) == (5, 7)
 
 
 @pytest.mark.parametrize(("mode", "color"), [("L", 3), ("RGB", (1, 2, 3)), ("P", 3)])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perceive_adapter.data.heads import orientation
 from perceive_adapter.errors import ImageError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Image", "Planes", "open_image", "read_image"]
 
+_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where PIL may keep it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Image: TypeAlias = Union[str, "os.PathLike[str]", "PILImage.Image", "np.ndarray[Any, Any]", Tensor]
@@ -43,7 +45,8 @@ def read_image(image: Image) -> Planes:
     """Read a path, a PIL image, an array or a tensor.
 
     Args:
-        image: a path or a PIL image, which are turned upright; an array (H, W) or (H, W, C); a
+        image: a path or a PIL image, which are turned upright as far as their EXIF, if any, can be
+            read; an array (H, W) or (H, W, C); a
             tensor (H, W), (C, H, W) or (B, C, H, W). C is 1 or 3, and 2 or 4 with alpha. uint8, or
             floating-point in [0, 1].
 
@@ -58,16 +61,14 @@ def read_image(image: Image) -> Planes:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if hasattr(image, "getbands"):
-        from PIL import ImageOps
-
-        return _from_pil(ImageOps.exif_transpose(image))
+        return _from_pil(_upright(image))
     raise ImageError(
         f"an image is a {type(image).__name__}; expected a path, a PIL image, an array or a tensor"
     )
 
 
 def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
-    """Decode an image file and turn it upright.
+    """Decode an image file and turn it upright, as far as its EXIF, if any, can be read.
 
     Args:
         file: its path, or its bytes.
@@ -77,11 +78,10 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
         ImageError: there is no such file, or it is no image.
     """
     from PIL import Image as PILImage
-    from PIL import ImageOps
 
     try:
         with PILImage.open(file) as image:
-            return ImageOps.exif_transpose(image)
+            return _upright(image)
     except FileNotFoundError:
         raise ImageError(f"there is no image file {name!r}; check the path") from None
     except (
@@ -89,6 +89,28 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
         *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
     ) as error:
         raise ImageError(f"{name!r} cannot be read as an image: {error}") from error
+
+
+def _upright(image: PILImage.Image) -> PILImage.Image:
+    """Turn an image as its EXIF says; ``ImageOps.exif_transpose`` fails where that is damaged."""
+    from PIL.Image import Transpose
+
+    image.load()
+    turn = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }.get(orientation(image))
+    if turn is None:
+        return image.copy()
+    turned = image.transpose(turn)
+    for name in _EXIF:  # or it would be turned again
+        turned.info.pop(name, None)
+    return turned
 
 
 def _from_pil(image: PILImage.Image) -> Planes:
