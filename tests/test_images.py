@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image, features
 
@@ -199,6 +200,60 @@ def test_a_transparent_colour_is_alpha(mode: str, color: Any, tmp_path: Path) ->
     planes = read_image(tmp_path / "image.png")
     assert planes.alpha is not None
     assert planes.color.shape[1] == (1 if mode == "L" else 3)
+
+
+def write_deep_png(file: Path, channels: int) -> None:
+    """16 bits a channel, which PIL cannot write."""
+    kinds = {2: 4, 3: 2, 4: 6}
+    rows = b"".join(b"\0" + row.tobytes() for row in PIXELS[..., :channels].astype(">u2"))
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, kinds[channels], 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_files_of_16_bits_a_channel_are_refused(channels: int, tmp_path: Path) -> None:
+    file = tmp_path / "deep.png"
+    write_deep_png(file, channels)
+    with pytest.raises(ImageError, match=r"deep\.png' has 16 bits a channel.*: scale it to 8 bits"):
+        read_image(file)
+    with Image.open(file) as opened:
+        with pytest.raises(ImageError, match=r"the PIL image has 16 bits a channel.*floats in"):
+            read_image(opened)
+        opened.load()  # from here on nobody can tell
+        assert read_image(opened).color.shape == (1, 3, 5, 7)
+    with pytest.raises(ImageError, match=r"has mode RGBA? of 16 bits, expected 8 bits"):
+        image_size(file)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_tiff_files_of_16_bits_a_channel_are_refused(
+    compression: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "deep.tif"
+    tifffile.imwrite(file, PIXELS[..., :3].astype(np.uint16), compression=compression)
+    with pytest.raises(ImageError, match=r"deep\.tif' has 16 bits a channel"):
+        read_image(file)
+    with pytest.raises(ImageError, match="has mode RGB of 16 bits"):
+        image_size(file)
+
+
+def test_bmp_files_of_16_bits_a_pixel_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "image.bmp"
+    head = struct.pack("<2sIHHI", b"BM", 98, 0, 0, 66)
+    about = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0)
+    file.write_bytes(head + about + struct.pack("<III", 0xF800, 0x7E0, 0x1F) + b"\xff" * 32)
+    assert read_image(file).color.eq(255).all()
+    assert image_size(file) == (4, 4)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])

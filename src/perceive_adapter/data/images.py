@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perceive_adapter.data.heads import orientation
+from perceive_adapter.data.heads import is_cut_to_8_bits, orientation
 from perceive_adapter.errors import ImageError
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def read_image(image: Image) -> Planes:
             floating-point in [0, 1].
 
     Raises:
-        ImageError: another kind, shape or dtype, no pixels, NaN or infinite values, or a file
-            that cannot be read.
+        ImageError: another kind, shape or dtype, a file of 16 bits a channel, no pixels, NaN or
+            infinite values, or a file that cannot be read.
     """
     if isinstance(image, (str, os.PathLike)):
         return _from_pil(open_image(Path(image), os.fspath(image)))
@@ -61,6 +61,7 @@ def read_image(image: Image) -> Planes:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if hasattr(image, "getbands"):
+        _check_depth(image, "the PIL image")
         return _from_pil(_upright(image))
     raise ImageError(
         f"an image is a {type(image).__name__}; expected a path, a PIL image, an array or a tensor"
@@ -75,13 +76,16 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
         name: what errors call it.
 
     Raises:
-        ImageError: there is no such file, or it is no image.
+        ImageError: there is no such file, it is no image, or has 16 bits a channel.
     """
     from PIL import Image as PILImage
 
     try:
         with PILImage.open(file) as image:
+            _check_depth(image, repr(name))
             return _upright(image)
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"there is no image file {name!r}; check the path") from None
     except (
@@ -89,6 +93,14 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
         *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
     ) as error:
         raise ImageError(f"{name!r} cannot be read as an image: {error}") from error
+
+
+def _check_depth(image: PILImage.Image, name: str) -> None:
+    if is_cut_to_8_bits(image):
+        raise ImageError(
+            f"{name} has 16 bits a channel, of which PIL would drop the lower 8; expected 8 bits: "
+            "scale it to 8 bits, or read it to an array of floats in [0, 1] yourself"
+        )
 
 
 def _upright(image: PILImage.Image) -> PILImage.Image:
