@@ -151,11 +151,14 @@ class CropSampler:
 
     Raises:
         ConfigError: there is no photograph.
+        ImageError: one has another shape or dtype, or no pixels.
     """
 
     def __init__(self, photos: Sequence[Tensor], largest: int = 1200, dark: float = 0.0) -> None:
         if not photos:
             raise ConfigError("got no photographs to draw crops from: give at least one.")
+        for index, photo in enumerate(photos):
+            _check_photo(index, photo)
         self.pyramids = [_pyramid(photo, largest) for photo in photos]
         self.dark = dark
 
@@ -293,6 +296,20 @@ def cut(images: Sequence[Tensor], side: int, generator: torch.Generator) -> list
         )
         for batch in images
     ]
+
+
+def _check_photo(index: int, photo: Tensor) -> None:
+    if not isinstance(photo, Tensor):
+        raise ImageError(
+            f"photos[{index}] is a {type(photo).__name__}; expected a tensor (3, H, W), uint8, as "
+            "load_photos gives them."
+        )
+    if photo.ndim != 3 or len(photo) != 3 or not photo.numel() or photo.dtype != torch.uint8:
+        raise ImageError(
+            f"photos[{index}] has shape {tuple(photo.shape)} and dtype {photo.dtype}; expected "
+            "(3, H, W) with at least one pixel, uint8, as load_photos gives them. Put channels "
+            "first; of floats in [0, 1], give (photo * 255).round().byte()."
+        )
 
 
 def _pyramid(photo: Tensor, largest: int) -> list[Tensor]:
