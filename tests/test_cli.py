@@ -1116,7 +1116,7 @@ def test_other_contents_are_other_data_and_other_spellings_are_not(
     for scene in range(6):
         pair_files(tmp_path / "sets" / "rain", f"{scene}", scene)
         pair_files(tmp_path / "photos", f"{scene}", 10 + scene)
-    (tmp_path / "photos" / "input").rename(tmp_path / "photos" / "more")
+    shutil.rmtree(tmp_path / "photos" / "input")
     folders = [tmp_path / "sets", tmp_path / "photos"]
 
     def digest(*given: Path) -> str:
@@ -1138,6 +1138,20 @@ def test_other_contents_are_other_data_and_other_spellings_are_not(
     assert digest(*folders) == first
     file.rename(file.with_name("9.png"))
     assert digest(*folders) != first
+
+
+@pytest.mark.parametrize("sides", [("A", "B"), ("degraded", "gt-8-bit")])
+@pytest.mark.parametrize("broken", ["raise", "skip"])
+def test_pairs_of_other_names_are_not_trained_on_as_photographs(
+    tmp_path: Path, sides: tuple[str, str], broken: str
+) -> None:
+    for scene in range(6):
+        pair_files(tmp_path, f"{scene}", scene)
+    for known, name in zip(("input", "gt"), sides, strict=True):
+        (tmp_path / known).rename(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"{sides[0]}' .*named input, degraded, .*give each by"):
+        find_data([tmp_path], broken)
+    assert len(find_data([tmp_path / sides[1]], broken).photos) == 5
 
 
 @pytest.mark.parametrize("folder", [".", "gt"])

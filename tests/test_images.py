@@ -1,17 +1,20 @@
 """Images of any kind to planes, and back to the same kind."""
 
+import struct
 import warnings
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image, features
 
 from perceive_adapter.data.heads import image_size
-from perceive_adapter.data.images import read_image
+from perceive_adapter.data.images import open_image, read_image
 from perceive_adapter.errors import ImageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
@@ -143,6 +146,51 @@ def test_sizes_and_opened_files_are_turned_as_decoding_does(
     assert image_size(file) == tuple(decoded.shape[2:])
     with Image.open(file) as opened:
         assert torch.equal(read_image(opened).color, decoded)
+    assert torch.equal(read_image(open_image(file, "once")).color, decoded)
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+DAMAGED = {
+    "no header": b"Exif\0\0nothing",
+    "cut in the header": b"Exif\0\0MM\0*",
+    "cut in the tags": TURNED.tobytes()[:-9],
+    "tags elsewhere": b"Exif\0\0MM\0*\xff\xff\xff\xff",
+    "no count": b"Exif\0\0MM\0*\0\0\0\x08",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File Read")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_photographs_whose_exif_is_damaged_are_upright(
+    damage: str, suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"photo.{suffix}"
+    Image.fromarray(PIXELS[..., :3]).save(file, exif=DAMAGED[damage])
+    assert image_size(file) == (5, 7)
+    assert read_image(file).color.shape[2:] == (5, 7)
+    with Image.open(file) as opened:
+        assert read_image(opened).color.shape[2:] == (5, 7)
+        assert read_image(opened).color.shape[2:] == (5, 7)
+
+
+def test_photographs_are_turned_whatever_else_their_exif_holds(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    data = exif.tobytes().replace(b"\x01\x1a\0\5", b"\x01\x1a\0\2")  # no fraction, but text
+    Image.fromarray(PIXELS[..., :3]).save(tmp_path / "photo.png", exif=data)
+    assert image_size(tmp_path / "photo.png") == (7, 5)
+    assert read_image(tmp_path / "photo.png").color.shape[2:] == (7, 5)
+
+
+def test_of_two_exifs_of_a_png_the_later_one_counts(tmp_path: Path) -> None:
+    file = tmp_path / "photo.png"
+    Image.fromarray(PIXELS[..., :3]).save(file, exif=TURNED)
+    late = b"eXIf" + DAMAGED["no header"]
+    late = struct.pack(">I", len(late) - 4) + late + struct.pack(">I", zlib.crc32(late))
+    file.write_bytes(file.read_bytes()[:-12] + late + file.read_bytes()[-12:])
+    assert image_size(file) == tuple(read_image(file).color.shape[2:]) == (5, 7)
 
 
 @pytest.mark.parametrize(("mode", "color"), [("L", 3), ("RGB", (1, 2, 3)), ("P", 3)])
@@ -152,6 +200,60 @@ def test_a_transparent_colour_is_alpha(mode: str, color: Any, tmp_path: Path) ->
     planes = read_image(tmp_path / "image.png")
     assert planes.alpha is not None
     assert planes.color.shape[1] == (1 if mode == "L" else 3)
+
+
+def write_deep_png(file: Path, channels: int) -> None:
+    """16 bits a channel, which PIL cannot write."""
+    kinds = {2: 4, 3: 2, 4: 6}
+    rows = b"".join(b"\0" + row.tobytes() for row in PIXELS[..., :channels].astype(">u2"))
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, kinds[channels], 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_files_of_16_bits_a_channel_are_refused(channels: int, tmp_path: Path) -> None:
+    file = tmp_path / "deep.png"
+    write_deep_png(file, channels)
+    with pytest.raises(ImageError, match=r"deep\.png' has 16 bits a channel.*: scale it to 8 bits"):
+        read_image(file)
+    with Image.open(file) as opened:
+        with pytest.raises(ImageError, match=r"the PIL image has 16 bits a channel.*floats in"):
+            read_image(opened)
+        opened.load()  # from here on nobody can tell
+        assert read_image(opened).color.shape == (1, 3, 5, 7)
+    with pytest.raises(ImageError, match=r"has mode RGBA? of 16 bits, expected 8 bits"):
+        image_size(file)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_tiff_files_of_16_bits_a_channel_are_refused(
+    compression: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "deep.tif"
+    tifffile.imwrite(file, PIXELS[..., :3].astype(np.uint16), compression=compression)
+    with pytest.raises(ImageError, match=r"deep\.tif' has 16 bits a channel"):
+        read_image(file)
+    with pytest.raises(ImageError, match="has mode RGB of 16 bits"):
+        image_size(file)
+
+
+def test_bmp_files_of_16_bits_a_pixel_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "image.bmp"
+    head = struct.pack("<2sIHHI", b"BM", 98, 0, 0, 66)
+    about = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0)
+    file.write_bytes(head + about + struct.pack("<III", 0xF800, 0x7E0, 0x1F) + b"\xff" * 32)
+    assert read_image(file).color.eq(255).all()
+    assert image_size(file) == (4, 4)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])

@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from perceive_adapter.data.pairs import Pair, find_pairs, holds_pairs, read_mediums, read_pair
+from perceive_adapter.data.pairs import (
+    Pair,
+    find_pairs,
+    find_photos,
+    holds_pairs,
+    read_mediums,
+    read_pair,
+)
 from perceive_adapter.errors import ConfigError, ImageError
 
 
@@ -51,6 +58,13 @@ def test_all_in_one_layout(tmp_path: Path) -> None:
         ("blur/000047.png", "sharp/000047.png"),  # GoPro
         ("input/scene/7.png", "gt/scene/7.png"),
         ("lq/a_b.png", "hq/a_b.png"),
+        ("inputs/1.png", "targets/1.png"),
+        ("LR/1.png", "HR/1.png"),
+        ("degraded/1.png", "reference/1.png"),
+        ("degraded/1.png", "references/1.png"),
+        ("Blurred/1.png", "GroundTruth/1.png"),
+        ("foggy/1.png", "ground_truth/1.png"),
+        ("snowy/1.png", "clean/1.png"),
     ],
 )
 def test_naming_rules(tmp_path: Path, degraded: str, target: str) -> None:
@@ -150,7 +164,7 @@ def test_everything_that_is_broken_is_named_first(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="6 of the files") as caught:
         find_pairs(tmp_path)
     remedy = 'or leave them out (broken="skip", or --broken skip).'
-    assert f"and 1 more. Mend or remove them, {remedy}" in str(caught.value)
+    assert f"and 1 more. Mend, rename or remove them, {remedy}" in str(caught.value)
 
 
 def test_what_is_broken_may_be_skipped_with_a_count(tmp_path: Path) -> None:
@@ -253,3 +267,100 @@ def test_half_restored_images_may_lie_beside(tmp_path: Path) -> None:
         find_pairs(tmp_path)
     with pytest.raises(ImageError, match=r"medium-2/b\.png' has 4 x 4 pixels"):
         read_mediums(two, read_pair(two)[1])
+
+
+def names(count: int, *folders: str) -> list[str]:
+    return [f"{folder}/{index}.png" for folder in folders for index in range(count)]
+
+
+def found_photos(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in find_photos(root)]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["sunny/1.png", "Hazy/1.png"], r"Hazy' has 1 images and the name of a folder of degraded"),
+        (names(3, "city/degraded/a", "city/a"), r"city/degraded' has 3 images"),
+        (names(3, "A", "B"), r"/A' and .*/B' hold images of the same names and sizes"),
+        (names(3, "gt", "more"), r"/gt' and .*/more' hold images of the same names and sizes"),
+        ([*names(5, "x/A/1", "x/B/1"), "x/A/2/0.png"], r"x/A' and .*x/B' hold images of the same"),
+        ([*names(3, "A", "B"), "overview.png"], r"/A' and .*/B' hold"),
+    ],
+)
+def test_what_looks_like_pairs_is_not_taken_for_photographs(
+    tmp_path: Path, files: list[str], said: str
+) -> None:
+    write(tmp_path, *files)
+    assert not holds_pairs(tmp_path)
+    with pytest.raises(ConfigError, match=f"{said}.* expected folders of degraded .*give each"):
+        find_photos(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["a.png", "deep/b.png", "deep/er/c.png"],
+        names(3, "scene1", "scene2", "scene3"),
+        names(1, "rome", "oslo"),
+        [*names(3, "scene1"), *names(9, "scene2")],
+        names(3, "gt"),
+    ],
+)
+def test_photographs_in_folders_are_photographs(tmp_path: Path, files: list[str]) -> None:
+    write(tmp_path / "input", *files)
+    assert found_photos(tmp_path / "input") == sorted(files)
+
+
+def test_two_folders_of_other_sizes_or_without_heads_are_photographs(tmp_path: Path) -> None:
+    write(tmp_path, *names(3, "rome"))
+    write(tmp_path, *names(3, "oslo"), size=(6, 9))
+    assert len(find_photos(tmp_path)) == 6
+    for path in (tmp_path / "oslo").iterdir():
+        path.write_bytes(b"no image")
+    assert len(find_photos(tmp_path)) == 6
+    write(tmp_path, "oslo/2.png")  # the only one that can be compared
+    with pytest.raises(ConfigError, match="hold images of the same names"):
+        find_photos(tmp_path)
+
+
+@pytest.mark.parametrize("folders", [["A", "B"], ["degraded"], ["deep/A", "deep/B"]])
+def test_what_looks_like_pairs_does_not_vanish_beside_others(
+    tmp_path: Path, folders: list[str]
+) -> None:
+    write(tmp_path, *names(3, "fog/input", "fog/gt", *(f"other/{folder}" for folder in folders)))
+    count = 3 * len(folders)
+    warned = f"{count} images below .* are in no set of pairs, and are left out, such as .*other/"
+    with (
+        pytest.warns(UserWarning, match=warned),
+        pytest.raises(
+            ImageError, match=f"1 of the files and folders .*other/{folders[0]}' .*named input, "
+        ),
+    ):
+        find_pairs(tmp_path)
+    with pytest.warns(UserWarning, match=warned):
+        listed = find_pairs(tmp_path, broken="skip")
+    assert (listed.counts(), len(listed.skipped)) == ({"fog": 3}, 1)
+
+
+def test_other_images_beside_pairs_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    sides = ("rain/blur", "rain/sharp", "rain/medium-1")
+    write(tmp_path, *names(3, *sides, "rain/depth", "rain/mask", "photos"), "rain/overview.png")
+    with pytest.warns(
+        UserWarning, match=r"10 images below .* such as .*photos/0\.png'.*folder of their own"
+    ):
+        assert find_pairs(tmp_path).counts() == {"rain": 3}
+    (tmp_path / "rain" / "more").symlink_to(tmp_path / "rain" / "blur")
+    with pytest.warns(UserWarning, match="10 images"):
+        find_pairs(tmp_path)
+
+
+def test_pairs_alone_are_found_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    write(tmp_path, *names(3, "a/input/x", "a/gt/x", "a/Medium/x"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "lq").symlink_to(tmp_path / "a" / "gt")
+    (tmp_path / "b" / "hq").symlink_to(tmp_path / "a" / "gt")
+    assert find_pairs(tmp_path).counts() == {"a": 3, "b": 3}
+    assert not recwarn.list

@@ -1,5 +1,6 @@
 """Crops of photographs and what is done to them: counts, labels, and odd photographs."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -162,6 +163,29 @@ class TestCropSampler:
     def test_what_is_drawn_decides_the_digest(self, photos: list[Tensor]) -> None:
         digests = {photos_digest(CropSampler(photos, dark=dark)) for dark in (0.0, 0.01, 0.04)}
         assert len(digests) == 3
+
+    @pytest.mark.parametrize(
+        "photo",
+        [
+            torch.rand(3, 8, 8),
+            torch.zeros(3, 8, 8, dtype=torch.int64),
+            torch.zeros(8, 8, 3, dtype=torch.uint8),
+            torch.zeros(1, 8, 8, dtype=torch.uint8),
+            torch.zeros(8, 8, dtype=torch.uint8),
+            torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+            torch.zeros(3, 0, 8, dtype=torch.uint8),
+            torch.tensor(3, dtype=torch.uint8),
+        ],
+        ids=lambda photo: f"{tuple(photo.shape)} {photo.dtype}",
+    )
+    def test_other_shapes_and_dtypes_are_refused(self, photos: list[Tensor], photo: Tensor) -> None:
+        said = f"photos[1] has shape {tuple(photo.shape)} and dtype {photo.dtype}; expected (3, H,"
+        with pytest.raises(ImageError, match=re.escape(said)):
+            CropSampler([photos[0], photo])
+
+    def test_arrays_are_refused(self, photos: list[Tensor]) -> None:
+        with pytest.raises(ImageError, match=r"photos\[0\] is a ndarray; expected a tensor"):
+            CropSampler([photos[0].numpy()])  # type: ignore[list-item]
 
     def test_no_photographs_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="no photographs"):

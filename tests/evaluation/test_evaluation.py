@@ -111,6 +111,7 @@ def test_every_task_at_both_severities(tmp_path: Path) -> None:
     assert errors[2] < errors[3]
 
 
+@pytest.mark.filterwarnings("ignore:2 images below")  # of CBSD68, which are in no pairs
 def test_images_of_one_name_are_told_apart_and_counted(tmp_path: Path) -> None:
     for scene in ("a", "b"):
         save(tmp_path / "rain" / "input" / scene / "0.png", PHOTO // 2)
@@ -209,6 +210,40 @@ def test_no_other_part_takes_the_place_of_a_missing_one(tmp_path: Path, part: st
     shutil.rmtree(tmp_path / part)
     with pytest.raises(ConfigError, match=f"{part.split('/')[0]}' has no folder named.*that part"):
         PROTOCOLS["five-tasks"].cases(tmp_path)
+
+
+def test_what_lies_deeper_than_a_set_itself_is_never_measured(tmp_path: Path) -> None:
+    for name in ("0", "noisy25/0"):
+        save(tmp_path / "CBSD68" / f"{name}.png")
+    for name in ("Rain100L", "Rain100L/train", "SOTS", "SOTS/indoor/part"):
+        pairs(tmp_path / name, f"{len(name)}")
+    (tmp_path / "SOTS" / "train-0.tar").touch()  # directly in it, so that it counts
+    with pytest.raises(ImageError, match=r"train-0\.tar"):
+        PROTOCOLS["three-tasks"].cases(tmp_path)
+    (tmp_path / "SOTS" / "train-0.tar").rename(tmp_path / "SOTS" / "indoor" / "train-0.tar")
+    cases = PROTOCOLS["three-tasks"].cases(tmp_path)
+    assert [case.image for case in cases] == [
+        *["CBSD68/0.png"] * 3,
+        "SOTS/input/4.png",
+        "Rain100L/input/8.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("CBSD68", "images"), ("Rain100L", "pairs"), ("SOTS", "pairs")]
+)
+def test_deeper_folders_do_not_stand_in_for_a_set(tmp_path: Path, name: str, kind: str) -> None:
+    save(tmp_path / "CBSD68" / "0.png")
+    for folder in ("Rain100L", "SOTS"):
+        pairs(tmp_path / folder, "1")
+    (tmp_path / "more").mkdir()
+    for path in (tmp_path / name).iterdir():
+        path.rename(tmp_path / "more" / path.name)
+    (tmp_path / "more").rename(tmp_path / name / "train")
+    if kind == "pairs":
+        save(tmp_path / name / "overview.png")
+    with pytest.raises(ConfigError, match=f"{name}' has no .* and no {kind} directly in it"):
+        PROTOCOLS["three-tasks"].cases(tmp_path)
 
 
 @pytest.mark.parametrize(("target", "size"), [((3, 4), 1), ((16, 16), 2)])

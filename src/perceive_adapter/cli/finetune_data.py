@@ -63,7 +63,8 @@ def find_data(folders: Sequence[Path], broken: str) -> Found:
     """Search folders, each of which holds sets of pairs or else clean photographs.
 
     Raises:
-        ConfigError: a folder holds neither, or does not exist.
+        ConfigError: a folder holds neither, or what looks like pairs and is not named as such, or
+            does not exist.
         ImageError: a file cannot be used, and is not to be skipped.
     """
     skip = broken == "skip"
@@ -106,8 +107,7 @@ class _Listing:
 
     def search(self, folder: Path, skip: bool, skipped: list[str]) -> None:
         """Add what a folder holds, but for copies of what is there already."""
-        from perceive_adapter.data.pairs import find_pairs, holds_pairs
-        from perceive_adapter.data.samples import find_images
+        from perceive_adapter.data.pairs import find_pairs, find_photos, holds_pairs
 
         items: Sequence[Pair | Path]
         if holds_pairs(folder):
@@ -115,7 +115,7 @@ class _Listing:
             skipped += found.skipped
             items = found.pairs
         else:
-            items = find_images(folder)
+            items = find_photos(folder)
         for item in items:
             try:
                 if isinstance(item, Path):

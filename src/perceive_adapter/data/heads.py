@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from io import BytesIO
@@ -14,12 +15,13 @@ from perceive_adapter.errors import ImageError
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-__all__ = ["image_size"]
+__all__ = ["image_size", "is_cut_to_8_bits", "orientation"]
 
 _ORIENTATION: Final = 0x0112  # EXIF's tag
 _QUARTER_TURNS: Final = (5, 6, 7, 8)
 _TIFF_SIZE: Final = (0x0100, 0x0101)  # width and height as they are stored
 _MODES: Final = ("L", "LA", "P", "RGB", "RGBA")
+_DEEP: Final = re.compile(";16[BLN]")  # in a raw mode of PIL; BMP's BGR;16 is another thing
 _TELLING: Final = (b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that hold EXIF
 
 
@@ -35,12 +37,13 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             mode, (width, height) = image.mode, image.size
-            turned = _orientation(image) in _QUARTER_TURNS
+            mode = f"{mode} of 16 bits" if is_cut_to_8_bits(image) else mode
+            turned = orientation(image) in _QUARTER_TURNS
             if isinstance(image, TiffImageFile):  # PIL may have turned the size already
                 width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE)
-        if not turned and image.format == "PNG":
+        if image.format == "PNG":
             with Image.open(_without_pixels(path)) as described:
-                turned = _orientation(described) in _QUARTER_TURNS
+                turned = orientation(described) in _QUARTER_TURNS
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{str(path)!r} cannot be read as an image ({error})") from error
     if mode not in _MODES:
@@ -48,10 +51,20 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _orientation(image: PILImage.Image) -> int:
+def is_cut_to_8_bits(image: PILImage.Image) -> bool:
+    """Tell whether an image that is not decoded yet has 16 bits a channel, of which PIL keeps 8."""
+    tiles = getattr(image, "tile", ())
+    return image.mode in _MODES and any(_DEEP.search(str(tile[3])) for tile in tiles)
+
+
+def orientation(image: PILImage.Image) -> int:
+    """EXIF's orientation of an image: 1, upright, where it has none or none that can be read."""
     from PIL import Image
 
-    found: int = Image.Image.getexif(image).get(_ORIENTATION, 1)  # a PNG's own decodes all of it
+    try:
+        found: int = Image.Image.getexif(image).get(_ORIENTATION, 1)  # a PNG's own decodes all
+    except Exception:  # whatever Pillow stumbles over: the pixels are none the worse for it
+        return 1
     return found
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perceive_adapter.data.heads import is_cut_to_8_bits, orientation
 from perceive_adapter.errors import ImageError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Image", "Planes", "open_image", "read_image"]
 
+_EXIF = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where PIL may keep it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Image: TypeAlias = Union[str, "os.PathLike[str]", "PILImage.Image", "np.ndarray[Any, Any]", Tensor]
@@ -43,13 +45,14 @@ def read_image(image: Image) -> Planes:
     """Read a path, a PIL image, an array or a tensor.
 
     Args:
-        image: a path or a PIL image, which are turned upright; an array (H, W) or (H, W, C); a
+        image: a path or a PIL image, which are turned upright as far as their EXIF, if any, can be
+            read; an array (H, W) or (H, W, C); a
             tensor (H, W), (C, H, W) or (B, C, H, W). C is 1 or 3, and 2 or 4 with alpha. uint8, or
             floating-point in [0, 1].
 
     Raises:
-        ImageError: another kind, shape or dtype, no pixels, NaN or infinite values, or a file
-            that cannot be read.
+        ImageError: another kind, shape or dtype, a file of 16 bits a channel, no pixels, NaN or
+            infinite values, or a file that cannot be read.
     """
     if isinstance(image, (str, os.PathLike)):
         return _from_pil(open_image(Path(image), os.fspath(image)))
@@ -58,30 +61,31 @@ def read_image(image: Image) -> Planes:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if hasattr(image, "getbands"):
-        from PIL import ImageOps
-
-        return _from_pil(ImageOps.exif_transpose(image))
+        _check_depth(image, "the PIL image")
+        return _from_pil(_upright(image))
     raise ImageError(
         f"an image is a {type(image).__name__}; expected a path, a PIL image, an array or a tensor"
     )
 
 
 def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
-    """Decode an image file and turn it upright.
+    """Decode an image file and turn it upright, as far as its EXIF, if any, can be read.
 
     Args:
         file: its path, or its bytes.
         name: what errors call it.
 
     Raises:
-        ImageError: there is no such file, or it is no image.
+        ImageError: there is no such file, it is no image, or has 16 bits a channel.
     """
     from PIL import Image as PILImage
-    from PIL import ImageOps
 
     try:
         with PILImage.open(file) as image:
-            return ImageOps.exif_transpose(image)
+            _check_depth(image, repr(name))
+            return _upright(image)
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"there is no image file {name!r}; check the path") from None
     except (
@@ -89,6 +93,36 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
         *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
     ) as error:
         raise ImageError(f"{name!r} cannot be read as an image: {error}") from error
+
+
+def _check_depth(image: PILImage.Image, name: str) -> None:
+    if is_cut_to_8_bits(image):
+        raise ImageError(
+            f"{name} has 16 bits a channel, of which PIL would drop the lower 8; expected 8 bits: "
+            "scale it to 8 bits, or read it to an array of floats in [0, 1] yourself"
+        )
+
+
+def _upright(image: PILImage.Image) -> PILImage.Image:
+    """Turn an image as its EXIF says; ``ImageOps.exif_transpose`` fails where that is damaged."""
+    from PIL.Image import Transpose
+
+    image.load()
+    turn = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }.get(orientation(image))
+    if turn is None:
+        return image.copy()
+    turned = image.transpose(turn)
+    for name in _EXIF:  # or it would be turned again
+        turned.info.pop(name, None)
+    return turned
 
 
 def _from_pil(image: PILImage.Image) -> Planes:

@@ -35,6 +35,11 @@ DEGRADED_FOLDERS: Final = (
     "blurry",
     "noisy",
     "low",
+    "inputs",
+    "lr",
+    "blurred",
+    "foggy",
+    "snowy",
 )
 """Names of folders of degraded images, and words that their files may begin with."""
 
@@ -48,6 +53,12 @@ TARGET_FOLDERS: Final = (
     "sharp",
     "high",
     "normal",
+    "targets",
+    "hr",
+    "reference",
+    "references",
+    "groundtruth",
+    "ground_truth",
 )
 """Names of folders of clean images, and words that their files may begin with."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from perceive_adapter.data.matching import (
     match_folders,
     match_shard,
 )
+from perceive_adapter.data.samples import find_images
 from perceive_adapter.data.shards import Member, shard_group, shards_below
+from perceive_adapter.data.sides import images_outside, lone_sides
 from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError, ImageError
 
@@ -35,6 +38,7 @@ __all__ = [
     "FoundPairs",
     "Pair",
     "find_pairs",
+    "find_photos",
     "holds_pairs",
     "read_mediums",
     "read_pair",
@@ -49,7 +53,7 @@ class FoundPairs:
 
     Args:
         pairs: those that can be used.
-        skipped: what is wrong with each file that cannot.
+        skipped: what is wrong with each file, or folder of files, that cannot.
     """
 
     pairs: tuple[Pair, ...]
@@ -61,7 +65,10 @@ class FoundPairs:
 
 
 def find_pairs(
-    folder: str | os.PathLike[str], *, broken: Literal["raise", "skip"] = "raise"
+    folder: str | os.PathLike[str],
+    *,
+    broken: Literal["raise", "skip"] = "raise",
+    deep: bool = True,
 ) -> FoundPairs:
     """Find the pairs below a folder, at any depth.
 
@@ -81,15 +88,20 @@ def find_pairs(
     ``7.gt.png``, and ``7.medium.png`` beside them, are one sample. Their set is the folder that
     they are in, or, in ``folder`` itself, what comes before their number: ``derain-000007.tar``.
 
+    Images beside the sets are left out with a warning, since they may be masks or an overview. But
+    folders of them that look like a side of pairs, as ``lone_sides`` tells, are broken.
+
     Only the heads of the files are read: an image that is cut short shows when it is read, and of
     one inside a shard its size and kind, too.
 
     Args:
         folder: root of one or several sets, such as all-in-one training's ``denoise/input``,
             ``denoise/gt``, ``derain/input`` and so on.
-        broken: what to do with a file without a partner or one of its own, a file that is no image,
-            an image of a kind that cannot be used, and a pair of two sizes: raise an error that
-            names them, or leave them out and say so in ``skipped``.
+        broken: what to do with a file without a partner or one of its own, a folder without one, a
+            file that is no image, an image of a kind that cannot be used, and a pair of two sizes:
+            raise an error that names them, or leave them out and say so in ``skipped``.
+        deep: also sets and shards in deeper folders; otherwise only ``folder`` as a set itself, and
+            shards directly in it.
 
     Raises:
         ConfigError: there is no such folder or no set in it, a set has several folders for one
@@ -98,10 +110,11 @@ def find_pairs(
     """
     root = Path(folder)
     pairs: list[Pair] = []
-    problems: list[str] = []
-    sets, shards = list(_sets(root)), shards_below(root)
+    sets, shards = list(_sets(root, deep)), shards_below(root, deep=deep)
     if not sets and not shards:
         raise ConfigError(f"{str(root)!r} holds no set of pairs: {_expected()}")
+    lone = _left_out(root, sets) if deep else []
+    problems = list(lone)
     for degraded, target, mediums in sets:
         group = degraded.parent.relative_to(root).as_posix()
         found, unpaired = match_folders(degraded, target, mediums)
@@ -117,19 +130,18 @@ def find_pairs(
         pairs += found
         problems += unpaired
     if problems and broken == "raise":
-        named = "; ".join(problems[:_NAMED])
-        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise ImageError(
-            f"{len(problems)} of the files below {str(root)!r} cannot be used: {named}{more}. Mend "
-            'or remove them, or leave them out (broken="skip", or --broken skip).'
-        )
+        raise _unusable(root, problems, f" For pairs, {_expected()}" if lone else "")
     if not pairs:
         raise ConfigError(f"{str(root)!r} holds no pair that can be used: {_expected()}")
     return FoundPairs(tuple(pairs), tuple(problems))
 
 
-def holds_pairs(folder: str | os.PathLike[str]) -> bool:
+def holds_pairs(folder: str | os.PathLike[str], *, deep: bool = True) -> bool:
     """Tell whether a folder holds sets of pairs or shards, whatever is wrong with their files.
+
+    Args:
+        folder: where to look.
+        deep: also in folders below it, at any depth.
 
     Raises:
         ConfigError: there is no such folder.
@@ -138,10 +150,28 @@ def holds_pairs(folder: str | os.PathLike[str]) -> bool:
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
     known = (DEGRADED_FOLDERS, TARGET_FOLDERS)
-    return bool(shards_below(root)) or any(
+    return bool(shards_below(root, deep=deep)) or any(
         all(any(name.casefold() in side for name in names) for side in known)
-        for _, names, _ in walk(root)
+        for _, names, _ in walk(root, deep=deep)
     )
+
+
+def find_photos(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the clean photographs below a folder that holds no pairs, in the order of their paths.
+
+    Raises:
+        ConfigError: there is no such folder, it holds no image, or it holds what looks like the
+            sides of pairs, as ``lone_sides`` tells.
+    """
+    root = Path(folder)
+    images = find_images(root)
+    problems = lone_sides(root, images)
+    if problems:
+        raise ConfigError(
+            f"{'; '.join(problems[:_NAMED])}. For pairs, {_expected()} Where all of them hold "
+            "clean photographs, give each by itself, or rename it."
+        )
+    return images
 
 
 def read_pair(pair: Pair) -> tuple[Tensor, Tensor]:
@@ -179,11 +209,11 @@ def _read(file: File) -> Tensor:
     return read_image(image).color[0].expand(3, -1, -1).contiguous()
 
 
-def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
+def _sets(root: Path, deep: bool) -> Iterator[tuple[Path, Path, list[Path]]]:
     """Yield the folders of degraded, of clean and of half-restored images of every set."""
     if not root.is_dir():
         raise ConfigError(f"{str(root)!r} is no folder: {_expected()}")
-    for parent, names, _ in walk(root):
+    for parent, names, _ in walk(root, deep=deep):
         sides = [
             [name for name in names if name.casefold() in known]
             for known in (DEGRADED_FOLDERS, TARGET_FOLDERS)
@@ -198,6 +228,29 @@ def _sets(root: Path) -> Iterator[tuple[Path, Path, list[Path]]]:
             )
         mediums = [parent / name for name in names if is_medium(name)]
         yield parent / sides[0][0], parent / sides[1][0], mediums
+
+
+def _unusable(root: Path, problems: Sequence[str], more: str) -> ImageError:
+    named = "; ".join(problems[:_NAMED])
+    named += f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+    return ImageError(
+        f"{len(problems)} of the files and folders below {str(root)!r} cannot be used: {named}. "
+        'Mend, rename or remove them, or leave them out (broken="skip", or --broken skip).' + more
+    )
+
+
+def _left_out(root: Path, sets: Sequence[tuple[Path, Path, list[Path]]]) -> list[str]:
+    """Say which folders of no set look like a side of one; warn of all images of no set."""
+    sides = [side for degraded, target, mediums in sets for side in (degraded, target, *mediums)]
+    images = images_outside(root, sides)
+    if images:
+        warnings.warn(
+            f"{len(images)} images below {str(root)!r} are in no set of pairs, and are left out, "
+            f"such as {str(images[0])!r}. To use them, give clean photographs as a folder of their "
+            "own, and name folders of pairs as find_pairs tells.",
+            stacklevel=3,
+        )
+    return lone_sides(root, images, [degraded.parent for degraded, *_ in sets])
 
 
 def _expected() -> str:

@@ -78,29 +78,33 @@ class Samples:
         return torch.stack([self.severity[:, kinds].amax(dim=1) for kinds in columns], dim=1)
 
 
-def images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path, *, deep: bool = True) -> list[Path]:
     """Return the files below a folder that are named like images, in the order of their paths."""
     return sorted(
         parent / name
-        for parent, _, names in walk(folder)
+        for parent, _, names in walk(folder, deep=deep)
         for name in names
         if Path(name).suffix.lower() in IMAGE_SUFFIXES
     )
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+def find_images(folder: str | os.PathLike[str], *, deep: bool = True) -> list[Path]:
     """Return every image file below a folder, in the order of their paths.
+
+    Args:
+        folder: where to look.
+        deep: also in folders below it, at any depth.
 
     Raises:
         ConfigError: there is no such folder, or it holds no image.
     """
     root = Path(folder)
-    found = [path for path in images_below(root) if path.is_file()]
+    found = [path for path in images_below(root, deep=deep) if path.is_file()]
     if not found:
         state = "holds no image" if root.is_dir() else "is no folder"
         raise ConfigError(
             f"{str(root)!r} {state}: expected a folder of clean photographs in files that end in "
-            f"{', '.join(IMAGE_SUFFIXES)}, at any depth."
+            f"{', '.join(IMAGE_SUFFIXES)}, {'at any depth' if deep else 'directly in it'}."
         )
     return found
 
@@ -147,11 +151,14 @@ class CropSampler:
 
     Raises:
         ConfigError: there is no photograph.
+        ImageError: one has another shape or dtype, or no pixels.
     """
 
     def __init__(self, photos: Sequence[Tensor], largest: int = 1200, dark: float = 0.0) -> None:
         if not photos:
             raise ConfigError("got no photographs to draw crops from: give at least one.")
+        for index, photo in enumerate(photos):
+            _check_photo(index, photo)
         self.pyramids = [_pyramid(photo, largest) for photo in photos]
         self.dark = dark
 
@@ -289,6 +296,20 @@ def cut(images: Sequence[Tensor], side: int, generator: torch.Generator) -> list
         )
         for batch in images
     ]
+
+
+def _check_photo(index: int, photo: Tensor) -> None:
+    if not isinstance(photo, Tensor):
+        raise ImageError(
+            f"photos[{index}] is a {type(photo).__name__}; expected a tensor (3, H, W), uint8, as "
+            "load_photos gives them."
+        )
+    if photo.ndim != 3 or len(photo) != 3 or not photo.numel() or photo.dtype != torch.uint8:
+        raise ImageError(
+            f"photos[{index}] has shape {tuple(photo.shape)} and dtype {photo.dtype}; expected "
+            "(3, H, W) with at least one pixel, uint8, as load_photos gives them. Put channels "
+            "first; of floats in [0, 1], give (photo * 255).round().byte()."
+        )
 
 
 def _pyramid(photo: Tensor, largest: int) -> list[Tensor]:

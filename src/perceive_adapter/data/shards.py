@@ -71,11 +71,11 @@ class Member:
         return BytesIO(data)
 
 
-def shards_below(folder: Path) -> list[Path]:
-    """Return the shards below a folder, compressed ones too, in the order of their paths."""
+def shards_below(folder: Path, *, deep: bool = True) -> list[Path]:
+    """Return the shards below a folder, or in it, compressed too, in the order of their paths."""
     return sorted(
         parent / name
-        for parent, _, names in walk(folder)
+        for parent, _, names in walk(folder, deep=deep)
         for name in names
         if name.endswith((SHARD_SUFFIX, *COMPRESSED))
     )

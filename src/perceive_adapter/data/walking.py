@@ -9,8 +9,10 @@ from pathlib import Path
 __all__ = ["walk"]
 
 
-def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk(root: Path, *, deep: bool = True) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield ``root`` and every folder below it, with the names of its folders and of its files.
+
+    Where ``deep`` is False, that is ``root`` alone.
 
     Links to folders are followed. No folder is entered twice, so that links in a circle come to an
     end; its name is given wherever it is. Names are sorted.
@@ -21,7 +23,8 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
             _is_new(parent, entered)
         folders.sort()
         yield Path(parent), list(folders), sorted(files)
-        folders[:] = [name for name in folders if _is_new(os.path.join(parent, name), entered)]
+        entering = folders if deep else []
+        folders[:] = [name for name in entering if _is_new(os.path.join(parent, name), entered)]
 
 
 def _is_new(folder: str, entered: set[tuple[int, int]]) -> bool:

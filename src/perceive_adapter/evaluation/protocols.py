@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from perceive_adapter.data.degradations import DEGRADATIONS
-from perceive_adapter.data.matching import DEGRADED_FOLDERS
-from perceive_adapter.data.pairs import Pair, find_pairs
-from perceive_adapter.data.samples import IMAGE_SUFFIXES, find_images
+from perceive_adapter.data.pairs import Pair, find_pairs, holds_pairs
+from perceive_adapter.data.samples import find_images, images_below
 from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.evaluation.cases import Case, degraded_cases, noise_cases, pair_cases
@@ -72,40 +71,41 @@ class Protocol:
 
     def _cases(self, data: Path, skipped: list[str] | None) -> Iterator[Case]:
         if self.noisy is not None:
-            folder, part = _find(data, self.noisy, self.name)
+            folder, part = _find(data, self.noisy, self.name, paired=False)
+            paths = find_images(part, deep=part != folder)
             for sigma in _SIGMAS:
-                group = f"{folder.name} sigma {sigma}"
-                yield from noise_cases(find_images(part), sigma, group, data)
+                yield from noise_cases(paths, sigma, f"{folder.name} sigma {sigma}", data)
         if self.pairs is None:
-            yield from pair_cases(_pairs(data, skipped), data)
+            yield from pair_cases(_pairs(data, skipped, deep=True), data)
         for one in self.pairs or ():
-            folder, part = _find(data, one, self.name)
-            for case in pair_cases(_pairs(part, skipped), data):
+            folder, part = _find(data, one, self.name, paired=True)
+            for case in pair_cases(_pairs(part, skipped, deep=part != folder), data):
                 yield Case(folder.name, case.image, case.load)
         if self.tasks:
             yield from degraded_cases(find_images(data), self.tasks, data)
 
 
-def _pairs(folder: Path, skipped: list[str] | None) -> Sequence[Pair]:
-    found = find_pairs(folder, broken="raise" if skipped is None else "skip")
+def _pairs(folder: Path, skipped: list[str] | None, *, deep: bool) -> Sequence[Pair]:
+    found = find_pairs(folder, broken="raise" if skipped is None else "skip", deep=deep)
     if skipped is not None:
         skipped += found.skipped
     return found.pairs
 
 
-def _find(data: Path, wanted: _Set, protocol: str) -> tuple[Path, Path]:
+def _find(data: Path, wanted: _Set, protocol: str, *, paired: bool) -> tuple[Path, Path]:
     """Find the folder of a set, below ``data`` or ``data`` itself, and its part to test on."""
     folders = [data] if data.is_dir() else []
     folders += sorted(parent / name for parent, names, _ in walk(data) for name in names)
     named = [folder for name in wanted.names for folder in folders if folder.name == name]
     for folder in named:
-        if part := _part(folder, wanted.parts):
+        if part := _part(folder, wanted.parts, paired):
             return folder, part
     if named:
         raise ConfigError(
-            f"{str(named[0])!r} has no folder named {' or '.join(wanted.parts)}, and no images or "
-            f"pairs of its own: the protocol {protocol!r} measures that part alone. Put it there, "
-            "or choose the protocol 'pairs', which takes whatever there is."
+            f"{str(named[0])!r} has no folder named {' or '.join(wanted.parts)}, and no "
+            f"{'pairs' if paired else 'images'} directly in it: the protocol {protocol!r} measures "
+            "that part alone. Put it there, or choose the protocol 'pairs', which takes whatever "
+            "there is."
         )
     raise ConfigError(
         f"{str(data)!r} holds no folder named {' or '.join(wanted.names)}, which the protocol "
@@ -114,16 +114,14 @@ def _find(data: Path, wanted: _Set, protocol: str) -> tuple[Path, Path]:
     )
 
 
-def _part(folder: Path, parts: Sequence[str]) -> Path | None:
-    """The part of a set that is tested on, or the set's folder where it is no more than that."""
-    inside = sorted(folder.iterdir())
-    below = {path.name.casefold(): path for path in inside if path.is_dir()}
+def _part(folder: Path, parts: Sequence[str], paired: bool) -> Path | None:
+    """The part of a set that is tested on, or the set's folder where it has such files itself."""
+    below = {path.name.casefold(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     for part in parts:
         if part in below:
             return below[part]
-    sides = not below.keys().isdisjoint(DEGRADED_FOLDERS)
-    endings = (*IMAGE_SUFFIXES, ".tar")
-    return folder if sides or any(path.suffix.lower() in endings for path in inside) else None
+    own = holds_pairs(folder, deep=False) if paired else bool(images_below(folder, deep=False))
+    return folder if own else None
 
 
 PROTOCOLS: Final = {
