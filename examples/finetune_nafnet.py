@@ -14,8 +14,9 @@ from pathlib import Path
 from spandrel import ModelLoader
 
 from perceive_adapter import wrap
+from perceive_adapter.data.pairs import find_photos
 from perceive_adapter.data.restoration import CleanPhotos, RestorationData
-from perceive_adapter.data.samples import CropSampler, find_images, load_photos
+from perceive_adapter.data.samples import CropSampler, load_photos
 from perceive_adapter.training.stage2 import ADAPTER, train_restoration
 from perceive_adapter.training.treated import find_treated
 
@@ -34,7 +35,7 @@ def main() -> None:
     backbone = ModelLoader(device="cpu").load_from_file(arguments.weights).model
     model = wrap(backbone)
 
-    photos = CropSampler(load_photos(find_images(arguments.data), largest=2000))
+    photos = CropSampler(load_photos(find_photos(arguments.data), largest=2000))
     side = arguments.side
     data = RestorationData([CleanPhotos(photos, TASKS)], context=side, patch=side // 2)
     model.treat(*find_treated(model, data))

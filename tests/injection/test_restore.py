@@ -421,7 +421,13 @@ def _between(inputs: int, outputs: int) -> nn.Module:
 
 def test_networks_that_change_the_number_of_channels() -> None:
     colours = wrap(_between(1, 3), perceiver=False)
-    assert colours.restore(torch.rand(1, 20, 20)).shape == (3, 20, 20)
+    gray = torch.rand(20, 20)
+    assert colours.restore(gray[None]).shape == (3, 20, 20)
+    assert torch.equal(colours.restore(gray), colours.restore(gray[None]))
+    restored = colours.restore(gray.numpy())
+    assert np.array_equal(restored, colours.restore(gray).permute(1, 2, 0).numpy())
+    eight = gray.mul(255).byte().numpy()
+    assert np.array_equal(colours.restore(Image.fromarray(eight)), colours.restore(eight))
     with pytest.raises(ImageError, match="turns gray images into 3 channels; give a gray one"):
         colours.restore(torch.rand(3, 20, 20))
     assert wrap(_between(3, 1), perceiver=False).restore(torch.rand(3, 20, 20)).shape == (1, 20, 20)

@@ -122,16 +122,17 @@ def _add_schedule(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Train, audit and save a perceiver."""
-    from perceive_adapter.data.samples import CropSampler, find_images, load_photos
+    from perceive_adapter.data.pairs import find_photos
+    from perceive_adapter.data.samples import CropSampler, load_photos
     from perceive_adapter.training.runs import audit_elsewhere, claim_folder, split_photos
     from perceive_adapter.training.stage1 import train_perceiver
 
     plan = make_plan(arguments)
-    paths = find_images(arguments.data)
+    paths = find_photos(arguments.data)
     if arguments.audit_data is None:
         split = split_photos(paths, arguments.seed)
     else:
-        split = audit_elsewhere(paths, find_images(arguments.audit_data))
+        split = audit_elsewhere(paths, find_photos(arguments.audit_data))
     perceiver = _create(arguments, plan, None)  # options that cannot work are found before training
     _say(
         f"{len(split.trained)} photographs to train on, in two folds, and "

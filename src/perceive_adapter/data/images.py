@@ -149,13 +149,12 @@ def _from_array(image: np.ndarray[Any, Any]) -> Planes:
         raise ImageError(
             f"an array has dtype {image.dtype}; expected uint8 in [0, 255] or floats in [0, 1]"
         )
-    flat = image.ndim == 2
     tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-    planes = _from_tensor(tensor if flat else tensor.permute(2, 0, 1).contiguous())
+    planes = _from_tensor(tensor if image.ndim == 2 else tensor.permute(2, 0, 1).contiguous())
 
     def pack(out: Tensor) -> np.ndarray[Any, Any]:
         array: np.ndarray[Any, Any] = planes.pack(out).cpu().numpy()
-        return array if flat else np.ascontiguousarray(array.transpose(1, 2, 0))
+        return array if array.ndim == 2 else np.ascontiguousarray(array.transpose(1, 2, 0))
 
     return Planes(planes.color, planes.alpha, pack)
 
@@ -178,7 +177,8 @@ def _from_tensor(image: Tensor) -> Planes:
     alpha = batch[:, split:] if split < batch.shape[1] else None
 
     def pack(out: Tensor) -> Tensor:
-        return out[(0,) * missing]
+        gray = out.shape[1] == 1  # what was gray may have come to colours
+        return out[(0,) * (missing if gray else min(missing, 1))]
 
     return Planes(batch[:, :split], alpha, pack)
 
