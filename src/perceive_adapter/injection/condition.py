@@ -15,7 +15,7 @@ __all__ = ["ConditionEncoder", "strength"]
 
 HIDDEN = 64
 WHOLE = 0.2  # severity from which the prompts do all that they can
-SURE = (0.5, 0.9)  # presence up to which a severity is nothing, and from which it counts in full
+SURE = (0.6, 0.9)  # presence up to which a severity is nothing, and from which it counts in full
 UNIT_VECTORS = ("compact", "embedding", "semantic")
 
 
@@ -27,8 +27,8 @@ class ConditionEncoder(nn.Module):
     vectors there is one depth. The compact features are trained here, with the adapter.
 
     What leaves is ``strength * [c, 1]``. The strength is 1, or, where ``config.treats`` names
-    degradations, grows with the severity that is perceived of them, as far as they are likelier
-    present than absent where presence steers too. Where there are none, no prompt does anything.
+    degradations, grows with the severity that is perceived of them, as far as their presence is not
+    in doubt, where presence steers too. Where there are none, no prompt does anything.
 
     Args:
         config: with ``sources`` set, or none for the compact features alone.
@@ -123,7 +123,7 @@ def strength(severity: Tensor, presence: Tensor | None = None) -> Tensor:
 
     What is hardly there, or hardly believed to be, is hardly touched; from a severity of 0.2 on,
     and where presence is told one of 0.9, it is treated in full, with smooth steps between. What
-    is more likely absent than present is left alone.
+    is present with a probability of 0.6 or less is left alone.
 
     Args:
         severity: (B, D) in [0, 1], of the degradations that are treated.
