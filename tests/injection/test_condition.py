@@ -185,9 +185,9 @@ def test_the_strength_follows_the_severity_up_to_a_fifth() -> None:
     assert strength(severity).tolist() == pytest.approx(together, abs=0.01)
 
 
-def test_what_is_more_likely_absent_than_present_adds_no_strength() -> None:
+def test_what_is_in_doubt_adds_no_strength() -> None:
     severity = torch.tensor([[0.2, 0.0]]).expand(5, -1)
-    presence = torch.tensor([[0.9, 0.0], [1.0, 0.0], [0.7, 0.0], [0.5, 0.9], [0.0, 1.0]])
+    presence = torch.tensor([[0.9, 0.0], [1.0, 0.0], [0.75, 0.0], [0.6, 0.9], [0.0, 1.0]])
     assert strength(severity, presence).tolist() == pytest.approx([1, 1, 0.5, 0, 0], abs=1e-6)
 
 
