@@ -855,7 +855,7 @@ def test_options_may_come_from_a_file(
     assert main(["finetune", "--steps", "2", "--config", str(file), "--out", str(out)]) == 0
     printed = capsys.readouterr().err
     assert "Tasks: rain, low_light." in printed
-    assert "perceived: low_light, rain." in printed
+    assert "treats low_light, rain; leaves other images alone." in printed
     options = json.loads((out / "checkpoints" / "options.json").read_text())
     assert options["recipe"]["schedule"]["steps"] == 2
     for content, message in [

@@ -73,7 +73,7 @@ def test_a_network_that_asks_for_more_says_what_to_give(name: str) -> None:
     member = MEMBERS[name]
     if not member.installed:
         pytest.skip(f"{member.package} is not installed")
-    with pytest.raises(BackboneError, match=r"give one that works as example=\.\.\."):
+    with pytest.raises(BackboneError, match=r"give wrap\(\) one that works, example=\.\.\."):
         wrap(member.net(), perceiver=False)
 
 
