@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from perceive_adapter import ConfigError, ImageError, QualityPerceiver
+from perceive_adapter import ConfigError, ImageError, QualityPerceiver, UnseenTaskWarning
 from perceive_adapter.cli import COMMANDS, _parsers, main
 from perceive_adapter.cli.finetune_data import Found, find_data
 from perceive_adapter.cli.options import device, integer, rate, with_config
@@ -938,6 +938,23 @@ def test_a_checkpoint_file_is_a_backbone_and_an_adapter_trains_further(
     before, after = (load_file(out / "adapter_model.safetensors") for out in (first, second))
     assert before.keys() == after.keys()
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_why_an_adapter_works_everywhere_is_noted(
+    network: str, photos: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsure(*_: Any) -> tuple[str, ...]:
+        warnings.warn("nothing is seen of rain", UnseenTaskWarning, stacklevel=2)
+        warnings.warn("something else", UserWarning, stacklevel=2)
+        return ()
+
+    monkeypatch.setattr("perceive_adapter.training.treated.find_treated", unsure)
+    told = ["finetune", "--backbone", network, "--data", str(photos), *SHORT]
+    with pytest.warns(UserWarning, match="something else"):
+        assert main([*told, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().err
+    assert "Note: nothing is seen of rain.\n" in printed
+    assert "works on every image." in printed
 
 
 def test_a_folder_is_not_taken_before_training_begins(

@@ -13,7 +13,7 @@ from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_
 from perceive_adapter.cli.finetune_data import LARGEST, find_data
 from perceive_adapter.cli.finetune_plan import make_data, make_recipe, options_of
 from perceive_adapter.cli.options import between, integer, needs, rate
-from perceive_adapter.errors import ConfigError
+from perceive_adapter.errors import ConfigError, UnseenTaskWarning
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -232,10 +232,12 @@ def _treat_by_itself(
     begun = any(file.parent.glob("*.pt"))
     if accelerator.is_main_process and not (begun and file.exists()):
         with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
             write_json(file, {"treated": find_treated(model, data)})
-        for warning in told:
-            _say(f"Note: {warning.message}.")
+        for one in told:
+            if issubclass(one.category, UnseenTaskWarning):
+                _say(f"Note: {one.message}.")
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     accelerator.wait_for_everyone()
     model.treat(*json.loads(file.read_text(encoding="utf-8"))["treated"])
 

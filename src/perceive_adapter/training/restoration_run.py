@@ -89,6 +89,8 @@ class RestorationRun:
         decay = recipe.schedule.weight_decay
         optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=decay)
         optimizer.zero_grad(set_to_none=True)  # of what the caller did before
+        # One flag for the whole process: a loop that stopped while it accumulated leaves it off.
+        accelerator.gradient_state._set_sync_gradients(True)
         self.step, self.optimizer = accelerator.prepare(step, optimizer)
         self.parameters: list[Tensor] = [p for p in self.step.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.parameters] if recipe.ema else []
@@ -143,8 +145,6 @@ class RestorationRun:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         share = self.accelerator.gradient_accumulation_steps / len(passes)  # which it divides by
-        # One flag for the whole process: a loop that stopped while it accumulated leaves it off.
-        self.accelerator.gradient_state._set_sync_gradients(True)
         for index, samples in enumerate(passes, start=1):
             with self._synchronised(index == len(passes)):
                 terms = self._terms(step, samples)
