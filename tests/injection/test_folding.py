@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from wrapping import injector_like, moved, oracle, relative, state, wrapped
 from zoo import CASES
@@ -95,6 +96,30 @@ def test_forward_folds_by_itself_where_it_pays(
     with torch.set_grad_enabled(grad):
         model(torch.rand(batch, 3, size, size))
     assert seen == [folds]
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that compute something, each a launch on an accelerator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and "view" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_more_takes_no_operation_more_to_compose(dtype: torch.dtype) -> None:
+    counts = []
+    for depth in (4, 12):
+        net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(depth)))
+        model = wrap(net.to(dtype), perceiver=False)
+        assert len(model.sites.of("layer")) == depth
+        with Counting() as counting, model.fold(oracle(1)):
+            counts.append(counting.count)
+    assert counts[0] == counts[1]
 
 
 def test_many_passes_inside_one_fold_share_the_perception() -> None:

@@ -7,7 +7,7 @@ share their operations.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class Branches:
             own forward pass.
         """
         found: dict[str, Tensor] = {}
-        for names, gated in self._gated(condition):
+        for names, gated in zip(self._groups, self._gated(condition), strict=False):
             found.update(zip(names, gated.unbind(), strict=True))
         return found
 
@@ -64,14 +64,20 @@ class Branches:
             By name, in the weights' dtypes; nothing where parameters are sharded.
         """
         found: dict[str, Tensor] = {}
-        for names, gated in self._gated(condition):
-            down = torch.stack([self._downs[name].weight for name in names])
-            products = torch.bmm(gated[:, 0], down.flatten(2)).unbind()
-            for name, product in zip(names, products, strict=True):
-                if name in weights:
-                    found[name] = product.view_as(weights[name]).to(weights[name].dtype)
-        if not found:
+        gated = self._gated(condition) if weights else []
+        if not gated:
             return found
+        for names, matrices, down in zip(
+            self._groups, gated, self._stacked(self._downs), strict=True
+        ):
+            products = torch.bmm(matrices[:, 0], down.flatten(2))
+            dtypes = {weights[name].dtype for name in names if name in weights}
+            if len(dtypes) == 1:  # all of them in one launch
+                products = products.to(dtypes.pop())
+            products = products.view(*products.shape[:2], *down.shape[2:])
+            for name, product in zip(names, products.unbind(), strict=True):
+                if name in weights:
+                    found[name] = product.to(weights[name].dtype)
         own = [weights[name] for name in found]
         if torch.compiler.is_compiling():  # where writing into a part of a tensor copies all of it
             sums = torch._foreach_add(own, list(found.values()))
@@ -79,19 +85,29 @@ class Branches:
         torch._foreach_add_(list(found.values()), own)
         return found
 
-    def _gated(self, condition: Tensor) -> Iterator[tuple[list[str], Tensor]]:
-        """Names of branches of one shape, and their matrices (S, B, channels, R)."""
+    def _gated(self, condition: Tensor) -> list[Tensor]:
+        """Matrices (S, B, channels, R) of each group; none where parameters are sharded."""
         gates = [self._gates[name].weight for names in self._groups for name in names]
         if not gates or any(type(gate) not in (Tensor, nn.Parameter) for gate in gates):
-            return
+            return []
         of_all = F.linear(condition, torch.cat(gates))  # (B, L, sum of all R)
-        ranks = [self._ups[names[0]].weight.shape[1] for names in self._groups]
-        sizes = [len(names) * rank for names, rank in zip(self._groups, ranks, strict=True)]
-        parts = torch.split(of_all, sizes, dim=2)
-        for names, part in zip(self._groups, parts, strict=True):
+        ups = self._stacked(self._ups)
+        parts = torch.split(of_all, [len(up) * up.shape[2] for up in ups], dim=2)
+        found = []
+        for names, part, up in zip(self._groups, parts, ups, strict=True):
             gate = self._at_depths(names, part.view(*part.shape[:2], len(names), -1))
-            up = torch.stack([self._ups[name].weight for name in names]).flatten(2)
-            yield names, up[:, None] * gate[:, :, None]
+            found.append(up.flatten(2)[:, None] * gate[:, :, None])
+        return found
+
+    def _stacked(self, layers: Mapping[str, nn.Conv2d | nn.Linear]) -> list[Tensor]:
+        """Weights of each group's layers, (S, ...), brought together for all groups in one go."""
+        groups = [[layers[name].weight for name in names] for names in self._groups]
+        flat = torch.cat([weight.flatten() for weights in groups for weight in weights])
+        parts = torch.split(flat, [len(weights) * weights[0].numel() for weights in groups])
+        return [
+            part.view(len(weights), *weights[0].shape)
+            for part, weights in zip(parts, groups, strict=True)
+        ]
 
     def _at_depths(self, names: Sequence[str], gates: Tensor) -> Tensor:
         """Select each branch's depth of (B, L, S, R), to (S, B, R)."""
