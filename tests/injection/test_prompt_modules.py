@@ -159,11 +159,24 @@ def branches(count: int) -> dict[str, tuple[nn.Module, float]]:
 @pytest.mark.parametrize("depths", [1, 3])
 def test_branches_give_together_what_each_gives_alone(depths: int) -> None:
     modules, condition = branches(7), torch.rand(2, depths, 17)
-    together = Branches(modules).gated(condition)
+    together = Branches(modules).ready(condition, torch.bfloat16)
     assert together.keys() == modules.keys()
     for name, (prompt, depth) in modules.items():
         alone = prompt.gated(condition[:, int(depth * depths)])
-        torch.testing.assert_close(together[name], alone)
+        torch.testing.assert_close(together[name].gated, alone)
+        assert together[name].down is None  # gradients are wanted
+
+
+@torch.no_grad()
+def test_branches_are_cast_to_their_layers_dtype() -> None:
+    modules, condition = branches(4), torch.rand(2, 1, 17)
+    for name, ready in Branches(modules).ready(condition, torch.bfloat16).items():
+        prompt, _ = modules[name]
+        assert ready.down is not None
+        assert torch.equal(ready.down, prompt.down.weight.to(torch.bfloat16))
+        assert torch.equal(ready.gated, prompt.gated(condition[:, 0]).to(torch.bfloat16))
+    same = Branches(modules).ready(condition, torch.float32).values()
+    assert all(ready.down is None for ready in same)
 
 
 def test_sharded_branches_stay_apart() -> None:
@@ -174,7 +187,7 @@ def test_sharded_branches_stay_apart() -> None:
     gate = modules["0"][0].gate
     gate.weight = nn.Parameter(gate.weight.detach().as_subclass(Sharded))
     assert type(gate.weight) is not nn.Parameter
-    assert Branches(modules).gated(condition) == {}
+    assert Branches(modules).ready(condition, torch.float32) == {}
     assert Branches(modules).folded(condition, {"0": torch.zeros(6, 4)}) == {}
 
 

@@ -8,6 +8,7 @@ share their operations.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,19 @@ from torch import Tensor, nn
 
 from perceive_adapter.injection.prompts import GatedLowRank, at_depth
 
-__all__ = ["Branches"]
+__all__ = ["Branches", "Ready"]
+
+
+class Ready(NamedTuple):
+    """What a branch needs of a condition.
+
+    Args:
+        gated: (B, channels, R), as :meth:`GatedLowRank.gated`.
+        down: the weight of its first layer in another dtype, that of ``gated``; None for its own.
+    """
+
+    gated: Tensor
+    down: Tensor | None
 
 
 class Branches:
@@ -37,19 +50,29 @@ class Branches:
         self._gates = {name: module.gate for name, (module, _) in modules.items()}
         self._groups = list(alike.values())
 
-    def gated(self, condition: Tensor) -> dict[str, Tensor]:
-        """Return :meth:`GatedLowRank.gated` of each branch, (B, channels, R).
+    def ready(self, condition: Tensor, dtype: torch.dtype) -> dict[str, Ready]:
+        """Return what each branch needs of a condition.
 
         Args:
             condition: (B, L, C + 1).
+            dtype: of the layers; without gradients, branches in another one run in this.
 
         Returns:
             By name; nothing where parameters are sharded, which come together only in a module's
             own forward pass.
         """
-        found: dict[str, Tensor] = {}
-        for names, gated in zip(self._groups, self._gated(condition), strict=False):
-            found.update(zip(names, gated.unbind(), strict=True))
+        found: dict[str, Ready] = {}
+        gated = self._gated(condition)
+        if not gated:
+            return found
+        downs: Sequence[Tensor | None] = [None] * len(gated)
+        if not torch.is_grad_enabled() and gated[0].dtype != dtype:
+            gated = [matrices.to(dtype) for matrices in gated]
+            downs = [down.to(dtype) for down in self._stacked(self._downs)]
+        for names, matrices, down in zip(self._groups, gated, downs, strict=True):
+            own = down if down is not None else [None] * len(names)
+            for name, of_branch, weight in zip(names, matrices.unbind(), own, strict=True):
+                found[name] = Ready(of_branch, weight)
         return found
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
@@ -33,6 +32,7 @@ from perceive_adapter.injection.prompts import (
     is_dense,
     is_plain,
     weight_shape,
+    with_weight,
 )
 from perceive_adapter.injection.state import ConditionState, ForwardPass, Lock
 
@@ -73,8 +73,10 @@ class PromptSite(nn.Module):
         compiling = torch.compiler.is_compiling()
         if self.is_branch and (told.traced or not compiling):
             if args and (weight := told.folded.get(self.site.name)) is not None:
-                return _with_weight(module, source, weight)
-            known["gated"] = told.gated.get(self.site.name)
+                return with_weight(module, source, weight)
+            ready = told.ready.get(self.site.name)
+            if ready is not None and (ready.down is None or ready.down.dtype == source.dtype):
+                known |= ready._asdict()
             known["in_place"] = not compiling and self._is_alone(module)
         condition = at_depth(told.condition, self.depth)
         changed: Tensor = self.prompt(output, condition, source, **known)
@@ -265,8 +267,16 @@ class PromptInjector(nn.Module):
             this: the pass, where other injectors of the backbone take part in it.
         """
         folded = self._folded_in_trace(condition) if this is None else {}
-        gated = {} if folded else self.branches.gated(condition)
-        self.state.arm(condition, gated, folded, this)
+        ready = {} if folded else self.branches.ready(condition, self._dtype(condition))
+        self.state.arm(condition, ready, folded, this)
+
+    def _dtype(self, condition: Tensor) -> torch.dtype:
+        """The dtype of the first layer with a branch that holds its weight as it is."""
+        for (role, _), module in self._hooked.items():
+            weight = module._parameters.get("weight")
+            if role == "layer" and weight is not None:
+                return weight.dtype
+        return condition.dtype
 
     def _folded_in_trace(self, condition: Tensor) -> dict[str, Tensor]:
         """Folded weights by name, where torch.compile traces a pass of one condition.
@@ -352,15 +362,6 @@ def _all_modules_hooked(traced: bool) -> bool:
         return len(_global_forward_hooks) > 0
     owners = [getattr(hook, "__self__", None) for hook in _global_forward_hooks.values()]
     return not all(isinstance(owner, ModuleTracker) for owner in owners)
-
-
-def _with_weight(module: nn.Module, source: Tensor, weight: Tensor) -> Tensor:
-    """Run a plain layer with another weight."""
-    if isinstance(module, nn.Conv2d):
-        output: Tensor = module._conv_forward(source, weight, module.bias)
-        return output
-    assert isinstance(module, nn.Linear)
-    return F.linear(source, weight, module.bias)
 
 
 def modules_at(plan: SitePlan, backbone: nn.Module) -> dict[tuple[str, str], nn.Module]:

@@ -37,6 +37,7 @@ __all__ = [
     "is_dense",
     "is_plain",
     "weight_shape",
+    "with_weight",
 ]
 
 
@@ -150,6 +151,7 @@ class GatedLowRank(nn.Module):
         source: Tensor,
         *,
         gated: Tensor | None = None,
+        down: Tensor | None = None,
         in_place: bool = False,
     ) -> Tensor:
         """Add the branch's output to the layer's.
@@ -159,9 +161,14 @@ class GatedLowRank(nn.Module):
             condition: (B, C + 1), of which the gate is made.
             source: the layer's input.
             gated: (B, channels, R), what :meth:`gated` gives for the condition, where it is known.
+            down: what stands in for the weight of ``down``, of the dtype of ``source``.
             in_place: the features may be written over; not where gradients are wanted.
         """
-        low: Tensor = self.down(source.to(self.down.weight.dtype))
+        low: Tensor
+        if down is None:
+            low = self.down(source.to(self.down.weight.dtype))
+        else:
+            low = with_weight(self.down, source, down)
         matrices = self.gated(condition) if gated is None else gated
         wide, narrow = (self.layout.rows(x, matrices.shape[0]) for x in (features, low))
         of_rows = self.layout.per_row(matrices, wide.shape[0])
@@ -208,6 +215,15 @@ def is_plain(module: nn.Module) -> bool:
         plain = nn.Conv2d.forward, nn.Conv2d._conv_forward
         return (kind.forward, kind._conv_forward) == plain  # type: ignore[attr-defined]
     return kind.forward is nn.Linear.forward
+
+
+def with_weight(module: nn.Module, source: Tensor, weight: Tensor) -> Tensor:
+    """Run a plain layer with another weight."""
+    if isinstance(module, nn.Conv2d):
+        output: Tensor = module._conv_forward(source, weight, module.bias)
+        return output
+    assert isinstance(module, nn.Linear)
+    return F.linear(source, weight, module.bias)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:

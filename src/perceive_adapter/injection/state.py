@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from perceive_adapter.errors import BackboneError, PerceptionError
+from perceive_adapter.injection.branches import Ready
 
 __all__ = ["ConditionState", "ForwardPass", "Lock", "Passes"]
 
@@ -21,13 +22,13 @@ __all__ = ["ConditionState", "ForwardPass", "Lock", "Passes"]
 class Told(NamedTuple):
     """What hooks are told: a condition (B, L, C + 1), and what branches make of it, by their names.
 
-    ``Branches.gated`` where it is known, and ``Branches.folded`` where layers run with that. Blocks
+    ``Branches.ready`` where it is known, and ``Branches.folded`` where layers run with that. Blocks
     that are compiled alone look up no names, by which they would differ: what they are told is not
     ``traced``.
     """
 
     condition: Tensor
-    gated: Mapping[str, Tensor]
+    ready: Mapping[str, Ready]
     folded: Mapping[str, Tensor]
     traced: bool
 
@@ -104,7 +105,7 @@ class ConditionState:
     def arm(
         self,
         condition: Tensor,
-        gated: Mapping[str, Tensor] | None = None,
+        ready: Mapping[str, Ready] | None = None,
         folded: Mapping[str, Tensor] | None = None,
         this: ForwardPass | None = None,
     ) -> None:
@@ -112,11 +113,11 @@ class ConditionState:
 
         Args:
             condition: of each image, or of all.
-            gated: see :meth:`Branches.gated`.
+            ready: see :meth:`Branches.ready`.
             folded: see :meth:`Branches.folded`, of layers that their hooks run again with it.
             this: the pass, where other injectors take part in it; None begins one.
         """
-        self.now = Told(condition, gated or {}, folded or {}, torch.compiler.is_compiling())
+        self.now = Told(condition, ready or {}, folded or {}, torch.compiler.is_compiling())
         self.this = None
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self.this = this or self.passes.begin()

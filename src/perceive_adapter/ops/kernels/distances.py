@@ -13,21 +13,23 @@ from perceive_adapter.ops.kernels.sums import summed
 
 __all__ = ["distances_to_rows"]
 
-_BLOCK, _BLOCK_BACKWARD = 8192, 4096  # numbers of all references that a program holds at once
-_PROGRAMS = 768  # of the forward pass, about: six for each multiprocessor of a large GPU
+_BLOCK = 4096  # numbers of all references that a program holds at once
+_PROGRAMS = 264  # of the forward pass, about: two for each multiprocessor of a large GPU
+_AHEAD = 4  # tiles in flight: the next are read while one is added up
+_SHARED = 48 * 2**10  # bytes that every GPU has for them
 
 
 @triton.jit
 def _forward(
     x_ptr, references_ptr, sums_ptr,
     count, batch, size, splits, x_b, references_n, references_b,
-    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, split = program // splits, program % splits
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     total = tl.zeros([BLOCK_N, BLOCK], dtype=tl.float32)
-    for tile in range(split, tl.cdiv(size, BLOCK), splits):
+    for tile in tl.range(split, tl.cdiv(size, BLOCK), splits, num_stages=AHEAD):
         m = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
         x = tl.load(x_ptr + row * x_b + m, mask=m < size, other=0).to(tl.float32)
         mask = (n < count)[:, None] & (m < size)[None, :]
@@ -58,23 +60,25 @@ def _backward(
     tl.store(grad_x_ptr + row * size + m, pulled.to(grad_x_ptr.dtype.element_ty), mask=m < size)
 
 
-def _blocks(references: Tensor, numbers: int) -> tuple[int, int]:
+def _blocks(references: Tensor) -> tuple[int, int]:
     count = triton.next_power_of_2(references.shape[0])
-    return count, max(128, numbers // count)
+    return count, max(128, _BLOCK // count)
 
 
 @torch.library.custom_op("perceive_adapter::distances", mutates_args=())
 def _measure(x: Tensor, references: Tensor) -> Tensor:
     count, batch, size = references.shape
-    block_n, block = _blocks(references, _BLOCK)
+    block_n, block = _blocks(references)
     tiles = triton.cdiv(size, block)
     splits = triton.cdiv(tiles, triton.cdiv(tiles * batch, _PROGRAMS))  # alike in tiles
+    bytes_of_tile = (x.itemsize + block_n * references.itemsize) * block
+    ahead = max(1, min(_AHEAD, _SHARED // bytes_of_tile))
     sums = x.new_empty((splits, count, batch), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _forward[(batch * splits,)](
             x, references, sums, count, batch, size, splits,
             x.stride(0), references.stride(0), references.stride(1),
-            BLOCK_N=block_n, BLOCK=block,
+            BLOCK_N=block_n, BLOCK=block, AHEAD=ahead,
         )  # fmt: skip
     return summed(sums, torch.float32)
 
@@ -82,7 +86,7 @@ def _measure(x: Tensor, references: Tensor) -> Tensor:
 @torch.library.custom_op("perceive_adapter::distances_backward", mutates_args=())
 def _gradient(grad: Tensor, x: Tensor, references: Tensor) -> Tensor:
     count, batch, size = references.shape
-    block_n, block = _blocks(references, _BLOCK_BACKWARD)
+    block_n, block = _blocks(references)
     tiles = triton.cdiv(size, block)
     grad_x = x.new_empty((batch, size))
     with torch.cuda.device_of(x):
