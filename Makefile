@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: .venv/demo.stamp  ## adapt a small denoiser to rain, haze and low light, and show it
 	$(BIN)/python examples/demo/run.py
@@ -20,6 +20,11 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/docs.stamp  ## the API reference as HTML
+	$(BIN)/pdoc --docformat google --output-directory out/docs perceive_adapter \
+		$(addprefix perceive_adapter.,data data.pairs data.restoration data.samples losses ops hub \
+		training.restoration training.treated)
+
 clean:
 	rm -rf .venv out dist .coverage .pytest_cache .mypy_cache .ruff_cache
 
@@ -34,3 +39,7 @@ clean:
 .venv/dev.stamp: pyproject.toml | .venv/bin/pip
 	$(BIN)/python -m pip install --quiet -e ".[train,demo]" --group dev
 	@touch $@ .venv/demo.stamp
+
+.venv/docs.stamp: pyproject.toml .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet --group docs
+	@touch $@

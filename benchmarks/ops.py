@@ -43,15 +43,15 @@ class Operation:
         plain: pure torch, step by step.
         inputs: of features (B, C, H, W); those that come first receive gradients.
         trained: how many do.
-        moved: numbers that must be read or written, per number of the features: forward, and with
-            the backward pass.
+        moved: of C channels, numbers that must be read or written per number of the features:
+            forward, and with the backward pass.
     """
 
     ours: Run
     plain: Run
     inputs: Callable[[Tensor], list[Tensor]]
     trained: int
-    moved: tuple[int, int]
+    moved: Callable[[int], tuple[float, float]]
 
 
 def branch(x: Tensor) -> list[Tensor]:
@@ -71,13 +71,15 @@ def together(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
 
 
 OPERATIONS = {
-    "add_low_rank": Operation(together, step_by_step, branch, 4, (2, 3)),
+    "add_low_rank": Operation(
+        together, step_by_step, branch, 4, lambda c: (2 + RANK / c, 3 + 3 * RANK / c)
+    ),
     "reference_distances": Operation(
         reference_distances,
         distances.reference,
         lambda x: [x, torch.stack([torch.randn_like(x) for _ in range(REFERENCES)])],
         1,
-        (1 + REFERENCES, 2 * (1 + REFERENCES) + 1),
+        lambda _: (1 + REFERENCES, 2 * (1 + REFERENCES) + 1),
     ),
 }
 
@@ -211,10 +213,10 @@ def measure(
         return operation.inputs(x.to(memory_format=FORMATS[layout]))
 
     sets = [draw()]
-    numbers = sets[0][0].numel()
+    numbers, moved_by = sets[0][0].numel(), operation.moved(shape[1])
     if device.type == "cuda":
-        several = UNCACHED // (operation.moved[0] * numbers * dtype.itemsize)
-        sets += [draw() for _ in range(min(20, max(1, several)))]
+        several = UNCACHED // (moved_by[0] * numbers * dtype.itemsize)
+        sets += [draw() for _ in range(min(20, max(1, int(several))))]
     torch._dynamo.reset()
     ways: dict[str, Run] = {"eager": operation.plain, "ours": operation.ours}
     if arguments.inductor:
@@ -229,11 +231,11 @@ def measure(
         return training(run, inputs, operation.trained)
 
     rows = []
-    for direction, moved in zip(("forward", "and backward"), operation.moved, strict=True):
+    for direction, moved in zip(("forward", "and backward"), moved_by, strict=True):
         runs = {
             way: [prepared(run, inputs, direction) for inputs in sets] for way, run in ways.items()
         }
-        runs["copy"] = copies(moved * numbers // 2, dtype, device, len(sets))
+        runs["copy"] = copies(round(moved * numbers / 2), dtype, device, len(sets))
         found = alternate(runs, device)
         calls = {}
         for way, run in (("eager", operation.plain), ("ours", operation.ours)):

@@ -9,7 +9,7 @@ light, at equal steps on the same batches. What differs is what steers the promp
 - compact: the compact features, learned jointly with the contrastive loss of the paper;
 - perceive-tiny: presence and severity of each degradation, as the bundled, frozen perceiver tells
   them, in training and in the test;
-- wrap's default: compact features and all that perceive-tiny says, as `wrap(backbone)` does;
+- wrap's default: compact features and what perceive-tiny says, as `wrap(backbone)` does;
 - oracle: the true degradation, which nobody knows in practice;
 - oracle with severity: its true severity too.
 
@@ -102,7 +102,6 @@ def make_rows(perceiver: QualityPerceiver) -> dict[str, Row]:
         "wrap's default": Row(
             {},
             lambda model, batch: model.perceive(batch.degraded),
-            contrastive=True,
             perceiver=perceiver,
         ),
         "oracle": Row(

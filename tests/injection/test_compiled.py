@@ -13,7 +13,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.modules.module import register_module_forward_hook
-from wrapping import moved, oracle, relative, wrapped
+from wrapping import injector_like, moved, oracle, relative, wrapped
 from zoo import CASES
 
 from perceive_adapter import PerceiveModel, Perception, wrap
@@ -40,6 +40,31 @@ def test_one_frame_without_a_graph_break(case: str) -> None:
             image = CASES[case].images(1, 64, seed)
             assert relative(compiled(image), model(image)) < 1e-5
     assert graphs.frame_count == 1
+
+
+FEWER = getattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe", None)
+
+
+@pytest.mark.skipif(FEWER is None, reason="since torch 2.8")
+@torch.no_grad()
+def test_what_the_model_is_told_is_noticed_where_torchs_layers_have_no_guards() -> None:
+    torch._dynamo.reset()
+    model, image = wrapped("isotropic"), CASES["isotropic"].images(1, 64)
+    model.add_adapter("other", injector_like(model, seed=3))
+
+    def eager(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        return graph.forward
+
+    options = {"guard_filter_fn": FEWER}
+    compiled = torch.compile(model, backend=eager, fullgraph=True, options=options)
+    restored = []
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        restored.append(compiled(image))
+        assert relative(restored[-1], model(image)) < 1e-5
+        with model.disabled():
+            assert relative(compiled(image), model(image)) < 1e-5
+    assert relative(restored[0], restored[1]) > 1e-4
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """A batch of different perceptions gives every image what it would get by itself."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from wrapping import KINDS, PAIRS, oracle, relative, wrapped
 from zoo import CASES
 
@@ -31,6 +34,32 @@ def test_one_perception_serves_a_whole_batch() -> None:
     model, image, seen = wrapped("windows"), CASES["windows"].images(3), oracle(1)
     expected = model(image, perception=Perception.cat([seen] * 3))
     assert relative(model(image, perception=seen), expected) < ROUNDING
+
+
+class Convolved(TorchDispatchMode):
+    """Notes the dtypes that convolutions run in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_branches_beside_a_network_in_half_precision_run_in_it_unless_they_train() -> None:
+    model = wrapped("isotropic", config=KINDS["low_rank"])
+    model.backbone.to(torch.bfloat16)
+    image, seen = CASES["isotropic"].images(2).to(torch.bfloat16), oracle(2)
+    with Convolved() as training:
+        trained = model(image, perception=seen)
+    with Convolved() as restoring, torch.no_grad():
+        restored = model(image, perception=seen)
+    assert training.dtypes == {torch.bfloat16, torch.float32}
+    assert restoring.dtypes == {torch.bfloat16}
+    assert relative(restored, trained) < 2e-2
 
 
 @pytest.mark.parametrize("batch", [2, 4])
