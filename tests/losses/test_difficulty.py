@@ -7,7 +7,6 @@ from torch import nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
 from perceive_adapter.losses import DifficultyAdaptiveLoss, ModuleFeatures
-from perceive_adapter.losses import _distances as distances
 from perceive_adapter.losses import difficulty as module
 
 
@@ -76,8 +75,7 @@ def images(count, batch=3, size=(9, 7), dtype=torch.float32, seed=0):
 
 @pytest.fixture(params=[False, True], ids=["one-at-a-time", "one-pass"])
 def one_pass(request, monkeypatch):
-    for owner in (module, distances):
-        monkeypatch.setattr(owner, "in_one_pass", lambda device: request.param)
+    monkeypatch.setattr(module, "in_one_pass", lambda device: request.param)
 
 
 @pytest.mark.usefixtures("one_pass")

@@ -30,6 +30,29 @@ def test_by_hand() -> None:
     assert reference_distances(x, torch.stack([x + 1, x - 2])).tolist() == [[1], [2]]
 
 
+@pytest.mark.parametrize("blocks", [7, 2**19])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("last", [(), (0,), (1,), (0, 1, 2)], ids=str)
+def test_distances_to_references_in_any_order(
+    blocks: int, together: bool, last: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stacked or apart, channels last in some of them: the plain formula, and its gradient."""
+    monkeypatch.setattr(distances, "_BLOCK", blocks)
+    maps = [drawn(*SIZE, seed=seed).detach() for seed in range(3)]
+    expected = [(maps[0] - other).abs().mean((1, 2, 3)) for other in maps[1:]]
+    signs = sum((maps[0] - other).sign() for other in maps[1:])
+    for index in last:
+        maps[index] = maps[index].contiguous(memory_format=torch.channels_last)
+    x, *references = maps
+    found = reference_distances(
+        x.requires_grad_(), torch.stack(references) if together else references
+    )
+    torch.testing.assert_close(found, torch.stack(expected))
+    found.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, signs / x[0].numel())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_wider_prompts_keep_the_dtype_of_the_features(dtype: torch.dtype) -> None:
     x, low = drawn(2, 5, 12).detach().to(dtype), drawn(2, 3, 12).detach().float()
@@ -45,13 +68,14 @@ def test_in_place() -> None:
     assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("name", ["add_low_rank", "reference_distances"])
+@pytest.mark.parametrize("name", ["add_low_rank", "reference_distances", "apart"])
 def test_one_graph(name: str) -> None:
     torch._dynamo.reset()
     x, low, gated = drawn(2, 5, 12), drawn(2, 3, 12, seed=1), drawn(2, 5, 3)
     runs = {
         "add_low_rank": lambda: add_low_rank(x, low, gated),
         "reference_distances": lambda: reference_distances(x, x.detach()[None]),
+        "apart": lambda: reference_distances(x, [x.detach() + 1, x.detach()]),
     }
     compiled = torch.compile(runs[name], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(), runs[name]())

@@ -7,12 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
-from perceive_adapter.losses._distances import (
-    References,
-    distances_in_turn,
-    in_one_pass,
-    stacked_distances,
-)
+from perceive_adapter.losses._distances import Level, References, distances, in_one_pass
 from perceive_adapter.losses._frozen import full_precision
 from perceive_adapter.losses._inputs import check_image, check_number
 from perceive_adapter.losses.features import resolve_features
@@ -140,12 +135,8 @@ class DifficultyAdaptiveLoss(nn.Module):
         images, mask = self._checked([restored, target, degraded, *_listed(medium)], valid)
         with torch.autocast(restored.device.type, enabled=False):
             image, *references = images
-            levels = self.features(image)
-            if in_one_pass(image.device):
-                distances = stacked_distances(levels, self._stacked_levels(references))
-            else:
-                distances = distances_in_turn(levels, map(self._constant_levels, references))
-            return self._loss(image, references, mask, distances)
+            found = distances(self.features(image), self._reference_levels(references))
+            return self._loss(image, references, mask, found)
 
     def references(
         self,
@@ -168,7 +159,7 @@ class DifficultyAdaptiveLoss(nn.Module):
         """
         images, mask = self._checked([target, degraded, *_listed(medium)], valid, restored=False)
         with torch.autocast(target.device.type, enabled=False):
-            return References(images, mask, self._stacked_levels(images))
+            return References(images, mask, self._reference_levels(images))
 
     def compare(self, restored: Tensor, references: References) -> Tensor:
         """Return the loss of restored images against what `references` has computed.
@@ -184,8 +175,8 @@ class DifficultyAdaptiveLoss(nn.Module):
         check_image("a reference", references.images[0], like=image)
         with torch.autocast(restored.device.type, enabled=False):
             image = full_precision(image)
-            distances = stacked_distances(self.features(image), references.levels)
-            return self._loss(image, references.images, references.mask, distances)
+            found = distances(self.features(image), references.levels)
+            return self._loss(image, references.images, references.mask, found)
 
     def extra_repr(self) -> str:
         """Return the settings, for `repr`."""
@@ -216,9 +207,9 @@ class DifficultyAdaptiveLoss(nn.Module):
         image: Tensor,
         references: list[Tensor],
         mask: Tensor,
-        distances: tuple[Tensor, Tensor, Tensor],
+        found: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        pull, push, scale = distances
+        pull, push, scale = found
         push_weights = self._push_weights(image.detach(), references, mask)
         denominator = torch.hypot(
             (push * push_weights[:, None]).sum(0), self.eps * scale.clamp_min(self.min_distance)
@@ -226,14 +217,13 @@ class DifficultyAdaptiveLoss(nn.Module):
         ratio = pull / denominator  # (levels, B)
         return (self._level_weights(ratio) * ratio).sum(0).mean()
 
-    def _stacked_levels(self, references: list[Tensor]) -> list[Tensor]:
-        """Return the constant levels of all references, each (n, B, ...)."""
+    def _reference_levels(self, references: list[Tensor]) -> list[Level]:
+        """Return the constant levels of all references."""
         if in_one_pass(references[0].device):
             together = self._constant_levels(torch.cat(references))
             images = len(references[0])
             return [level.view(-1, images, *level.shape[1:]) for level in together]
-        each = zip(*map(self._constant_levels, references), strict=True)
-        return [torch.stack(list(levels)) for levels in each]
+        return list(zip(*map(self._constant_levels, references), strict=True))
 
     def _constant_levels(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad():
