@@ -110,12 +110,15 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_more_takes_no_operation_more_to_compose(dtype: torch.dtype) -> None:
+def test_a_layer_more_takes_no_operation_more_to_compose(
+    dtype: torch.dtype, order: torch.memory_format
+) -> None:
     counts = []
     for depth in (4, 12):
         net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(depth)))
-        model = wrap(net.to(dtype), perceiver=False)
+        model = wrap(net.to(dtype), perceiver=False).to(memory_format=order)
         assert len(model.sites.of("layer")) == depth
         with Counting() as counting, model.fold(oracle(1)):
             counts.append(counting.count)

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from wrapping import KINDS, PAIRS, oracle, relative, wrapped
+from wrapping import KINDS, PAIRS, moved, oracle, relative, wrapped
 from zoo import CASES
 
-from perceive_adapter import ImageError, Perception, PerceptionError
+from perceive_adapter import ImageError, Perception, PerceptionError, wrap
 
 ROUNDING = 1e-4
 
@@ -49,7 +50,7 @@ class Convolved(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_branches_beside_a_network_in_half_precision_run_in_it_unless_they_train() -> None:
+def test_branches_beside_a_network_in_bfloat16_run_in_it_unless_they_train() -> None:
     model = wrapped("isotropic", config=KINDS["low_rank"])
     model.backbone.to(torch.bfloat16)
     image, seen = CASES["isotropic"].images(2).to(torch.bfloat16), oracle(2)
@@ -60,6 +61,27 @@ def test_branches_beside_a_network_in_half_precision_run_in_it_unless_they_train
     assert training.dtypes == {torch.bfloat16, torch.float32}
     assert restoring.dtypes == {torch.bfloat16}
     assert relative(restored, trained) < 2e-2
+
+
+class Mixed(nn.Sequential):
+    """Runs its middle layers in single precision."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        for layer in self:
+            image = layer(image.to(layer.weight.dtype))
+        return image
+
+
+def test_a_layer_of_another_dtype_keeps_its_branch_in_the_adapters() -> None:
+    net = Mixed(*(nn.Conv2d(8 if i else 3, 8 if i < 3 else 3, 1) for i in range(4)))
+    for layer in (net[0], net[3]):
+        layer.to(torch.bfloat16)
+    model = wrap(net, perceiver=False, config=KINDS["low_rank"])
+    moved(model.injector)
+    image, seen = torch.rand(2, 3, 16, 16), oracle(2)
+    trained = model(image, perception=seen)
+    with torch.no_grad():
+        assert relative(model(image, perception=seen), trained) < 2e-2
 
 
 @pytest.mark.parametrize("batch", [2, 4])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from perceive_adapter.ops import add_low_rank, distances, low_rank, reference_distances
 
@@ -51,6 +52,29 @@ def test_distances_to_references_in_any_order(
     found.sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, signs / x[0].numel())
+
+
+def test_distances_of_nothing() -> None:
+    x = torch.rand(2, 5, 4, 3)
+    for references in (torch.rand(0, 2, 5, 4, 3), []):
+        assert reference_distances(x, references).shape == (0, 2)
+    none = x[:0]
+    for references in (torch.rand(3, 0, 5, 4, 3), [none] * 3):
+        assert reference_distances(none, references).shape == (3, 0)
+    flat = x[..., :0]
+    for references in (torch.rand(3, 2, 5, 4, 0), [flat] * 3):
+        assert reference_distances(flat, references).isnan().all()
+
+
+def test_no_graph_for_each_number_of_references() -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(reference_distances, backend=graphs, dynamic=True)
+    x = torch.rand(2, 5, 4, 3)
+    for count in (2, 3, 4, 5):
+        references = torch.rand(count, 2, 5, 4, 3)
+        torch.testing.assert_close(compiled(x, references), reference_distances(x, references))
+    assert graphs.frame_count <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

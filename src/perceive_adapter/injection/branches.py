@@ -55,7 +55,8 @@ class Branches:
 
         Args:
             condition: (B, L, C + 1).
-            dtype: of the layers; without gradients, branches in another one run in this.
+            dtype: of the layers; if it is bfloat16, branches in a wider one run in it without
+                gradients. (In float16, their features may exceed its range.)
 
         Returns:
             By name; nothing where parameters are sharded, which come together only in a module's
@@ -66,7 +67,8 @@ class Branches:
         if not gated:
             return found
         downs: Sequence[Tensor | None] = [None] * len(gated)
-        if not torch.is_grad_enabled() and gated[0].dtype != dtype:
+        narrow = dtype == torch.bfloat16 and gated[0].dtype != dtype
+        if narrow and not torch.is_grad_enabled():
             gated = [matrices.to(dtype) for matrices in gated]
             downs = [down.to(dtype) for down in self._stacked(self._downs)]
         for names, matrices, down in zip(self._groups, gated, downs, strict=True):
@@ -123,8 +125,10 @@ class Branches:
         return found
 
     def _stacked(self, layers: Mapping[str, nn.Conv2d | nn.Linear]) -> list[Tensor]:
-        """Weights of each group's layers, (S, ...), brought together for all groups in one go."""
+        """Weights of each group's layers, (S, ...), in one go for all groups if they lie so."""
         groups = [[layers[name].weight for name in names] for names in self._groups]
+        if not all(weight.is_contiguous() for weights in groups for weight in weights):
+            return [torch.stack(weights) for weights in groups]  # channels last: to flatten copies
         flat = torch.cat([weight.flatten() for weights in groups for weight in weights])
         parts = torch.split(flat, [len(weights) * weights[0].numel() for weights in groups])
         return [

@@ -76,7 +76,7 @@ class PromptSite(nn.Module):
                 return with_weight(module, source, weight)
             ready = told.ready.get(self.site.name)
             if ready is not None and (ready.down is None or ready.down.dtype == source.dtype):
-                known |= ready._asdict()
+                known["gated"], known["down"] = ready.gated, ready.down
             known["in_place"] = not compiling and self._is_alone(module)
         condition = at_depth(told.condition, self.depth)
         changed: Tensor = self.prompt(output, condition, source, **known)

@@ -148,7 +148,7 @@ class DifficultyAdaptiveLoss(nn.Module):
         """Compute the features of images that several restored ones are compared with, once.
 
         For fixed crops, or for several restored images of one degraded image. Arguments and errors
-        are those of the call.
+        are those of the call. The images are not copied: leave them as they are meanwhile.
 
         Example:
             >>> loss = DifficultyAdaptiveLoss()

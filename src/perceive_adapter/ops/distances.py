@@ -33,10 +33,14 @@ def reference_distances(features: Tensor, references: Tensor | Sequence[Tensor])
     Returns:
         (n, B).
     """
-    kernel = fused("reference_distances", features, *references)
-    blocks = features.device.type == "cpu" and not (kernel or torch.compiler.is_compiling())
-    if not blocks and not isinstance(references, Tensor):
-        references = torch.stack(list(references))
+    each = [references] if isinstance(references, Tensor) else list(references)
+    if not each:
+        return features.new_zeros(0, len(features))
+    empty = not (features.numel() and all(maps.numel() for maps in each))
+    kernel = not empty and fused("reference_distances", features, *each)
+    plain = empty or features.device.type != "cpu" or torch.compiler.is_compiling()
+    if (kernel or plain) and not isinstance(references, Tensor):
+        references = torch.stack(each)
     if features.ndim == 4 and features.stride(1) == 1:  # in the order that memory has
         features = features.movedim(1, -1)
         if isinstance(references, Tensor):
@@ -44,7 +48,7 @@ def reference_distances(features: Tensor, references: Tensor | Sequence[Tensor])
         else:
             references = [maps.movedim(1, -1) for maps in references]
     rows = features.flatten(1)
-    if isinstance(references, Tensor) and not (blocks and references.numel()):
+    if isinstance(references, Tensor) and (kernel or plain):
         of_all = references.detach().flatten(2)
         return distances_to_rows(rows, of_all) if kernel else reference(rows, of_all)
     found: Tensor = _InBlocks.apply(rows, *(maps.detach().flatten(1) for maps in references))

@@ -133,7 +133,8 @@ def load_trunk() -> StatisticsTrunk:
     with torch.device("meta"):
         trunk = StatisticsTrunk()
     trunk.load_state_dict(weights, assign=True)
-    return trunk.to(torch.get_default_device()).requires_grad_(False).eval()
+    default = torch.empty(0).device  # torch 2.6 tells of no device context otherwise
+    return trunk.to(default).requires_grad_(False).eval()
 
 
 def register_trunk() -> None:
