@@ -18,10 +18,13 @@ LOW_RANK = [
     for c, n, r in ((64, 64, 16), (512, 32, 64))
 ]
 DISTANCES = [{"BLOCK_N": 4, "BLOCK": 1024}]
+AHEAD = [
+    {"BLOCK_N": n, "BLOCK": 4096 // n, "AHEAD": ahead} for n, ahead in ((4, 4), (1, 2), (8, 1))
+]
 KERNELS = (
     (low_rank._forward, LOW_RANK, ()),
     (low_rank._backward, LOW_RANK, ("sums_ptr",)),
-    (distances._forward, DISTANCES, ("sums_ptr",)),
+    (distances._forward, AHEAD, ("sums_ptr",)),
     (distances._backward, DISTANCES, ("grad_ptr",)),
     (sums._sum, [{"BLOCK_P": 64, "BLOCK": 32}], ("parts_ptr",)),
 )
