@@ -36,23 +36,20 @@ def reference_distances(features: Tensor, references: Tensor | Sequence[Tensor])
     each = [references] if isinstance(references, Tensor) else list(references)
     if not each:
         return features.new_zeros(0, len(features))
+    last = features.ndim == 4 and features.stride(1) == 1  # in the order that memory has
     empty = not (features.numel() and all(maps.numel() for maps in each))
     kernel = not empty and fused("reference_distances", features, *each)
-    plain = empty or features.device.type != "cpu" or torch.compiler.is_compiling()
-    if (kernel or plain) and not isinstance(references, Tensor):
-        references = torch.stack(each)
-    if features.ndim == 4 and features.stride(1) == 1:  # in the order that memory has
-        features = features.movedim(1, -1)
-        if isinstance(references, Tensor):
-            references = references.movedim(2, -1)
-        else:
-            references = [maps.movedim(1, -1) for maps in references]
-    rows = features.flatten(1)
-    if isinstance(references, Tensor) and (kernel or plain):
-        of_all = references.detach().flatten(2)
-        return distances_to_rows(rows, of_all) if kernel else reference(rows, of_all)
-    found: Tensor = _InBlocks.apply(rows, *(maps.detach().flatten(1) for maps in references))
-    return found
+    on_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not (kernel or empty):
+        maps = (one.movedim(1, -1) if last else one for one in (features, *references))
+        rows, *others = (one.flatten(1) for one in maps)
+        found: Tensor = _InBlocks.apply(rows, *(other.detach() for other in others))
+        return found
+    together = references if isinstance(references, Tensor) else torch.stack(each)
+    if last:
+        features, together = features.movedim(1, -1), together.movedim(2, -1)
+    rows, of_all = features.flatten(1), together.detach().flatten(2)
+    return distances_to_rows(rows, of_all) if kernel else reference(rows, of_all)
 
 
 def reference(features: Tensor, references: Tensor) -> Tensor:
