@@ -47,13 +47,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         default="ViT-B-32-quickgelu",
         help="model of open_clip (default: ViT-B-32-quickgelu, the paper's), or perceive-tiny, "
-        "whose towers are trained first, from scratch",
+        "whose towers are trained first",
     )
     add(
         "--pretrained",
         metavar="TAG_OR_FILE",
         default="openai",
         help="its weights: a tag of open_clip (default: openai) or a file; unused by perceive-tiny",
+    )
+    add(
+        "--start-from",
+        metavar="NAME_OR_DIR",
+        help="with --clip perceive-tiny, the perceiver whose towers are trained further: "
+        "perceive-tiny itself, or what such a command saved (default: towers from scratch)",
     )
     add(
         "--medium",
@@ -104,7 +110,12 @@ def _add_schedule(parser: ArgumentParser) -> None:
         "128 192)",
     )
     add("--restorer-steps", type=steps, metavar="N", help="of each of the two restorers (400)")
-    add("--pretrain-steps", type=steps, metavar="N", help="of perceive-tiny's towers (16000)")
+    add(
+        "--pretrain-steps",
+        type=steps,
+        metavar="N",
+        help="of perceive-tiny's towers (16000, or 12000 with --start-from)",
+    )
     seed = integer(0, 2**31 - 1)
     add("--seed", type=seed, default=0, metavar="N", help="of all that is random (0)")
     every = integer(1, _LONGEST)
@@ -133,16 +144,19 @@ def run(arguments: Namespace) -> int:
         split = split_photos(paths, arguments.seed)
     else:
         split = audit_elsewhere(paths, find_photos(arguments.audit_data))
-    perceiver = _create(arguments, plan, None)  # options that cannot work are found before training
+    start = _start(arguments)
+    perceiver = _create(
+        arguments, plan, start
+    )  # options that cannot work are found before training
     _say(
         f"{len(split.trained)} photographs to train on, in two folds, and "
         f"{len(split.audit)} others for the audit."
     )
     held_out = load_photos(split.audit, largest=_LARGEST)
     photos = load_photos(split.trained, largest=_LARGEST)
-    checkpoints = claim_folder(arguments.out, options_of(arguments, plan, split.digest))
+    checkpoints = claim_folder(arguments.out, options_of(arguments, plan, split.digest, start))
     if plan.pretrain is not None:
-        perceiver = _create(arguments, plan, photos, checkpoints)
+        perceiver = _create(arguments, plan, start, photos, checkpoints)
     folds = [CropSampler(photos[fold::2], dark=_DARK) for fold in range(2)]
     medium = _medium(arguments, plan, folds, checkpoints)
     train_perceiver(
@@ -153,7 +167,8 @@ def run(arguments: Namespace) -> int:
         checkpoint=checkpoints / "stage1.pt",
         every=arguments.checkpoint_every,
     )
-    _audit(arguments, perceiver.cpu(), held_out, medium, split, facts_of(arguments, plan, split))
+    facts = facts_of(arguments, plan, split, start)
+    _audit(arguments, perceiver.cpu(), held_out, medium, split, facts)
     return 0
 
 
@@ -178,10 +193,20 @@ def _audit(
     print(f"\nSaved in {str(arguments.out)!r}.")
 
 
+def _start(arguments: Namespace) -> QualityPerceiver | None:
+    """Load the perceiver whose towers are to be trained further."""
+    from perceive_adapter.perceiver import QualityPerceiver
+
+    if arguments.start_from is None:
+        return None
+    return QualityPerceiver.from_pretrained(arguments.start_from)
+
+
 def _create(
     arguments: Namespace,
     plan: Plan,
-    photos: Sequence[Tensor] | None,
+    start: QualityPerceiver | None,
+    photos: Sequence[Tensor] = (),
     checkpoints: Path | None = None,
 ) -> QualityPerceiver:
     """Make the perceiver with untrained prompts; train perceive-tiny's towers on ``photos``."""
@@ -197,10 +222,11 @@ def _create(
     }
     if plan.pretrain is None:
         return QualityPerceiver.create(arguments.clip, arguments.pretrained, **prompts)
-    if photos is None or checkpoints is None:
-        return as_perceiver(TinyTowers(arguments.seed), **prompts)
+    if checkpoints is None:
+        return as_perceiver(TinyTowers(arguments.seed, start), **prompts)
     towers = pretrain(
         photos,
+        start=start,
         schedule=plan.pretrain,
         seed=arguments.seed,
         checkpoint=checkpoints / "pretrain.pt",

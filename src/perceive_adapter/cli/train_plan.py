@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
+    from perceive_adapter.perceiver import QualityPerceiver
     from perceive_adapter.training.loop import Schedule
     from perceive_adapter.training.runs import Split
     from perceive_adapter.training.stage1 import Stage1
@@ -27,7 +28,9 @@ class Plan(NamedTuple):
     pretrain: Schedule | None
 
 
-def facts_of(arguments: Namespace, plan: Plan, split: Split) -> dict[str, float | str]:
+def facts_of(
+    arguments: Namespace, plan: Plan, split: Split, start: QualityPerceiver | None
+) -> dict[str, float | str]:
     """Say how the perceiver came about, for the model card."""
     import torch
 
@@ -45,8 +48,14 @@ def facts_of(arguments: Namespace, plan: Plan, split: Split) -> dict[str, float 
         "versions": f"perceive_adapter {__version__}, torch {torch.__version__}",
     }
     if plan.pretrain is not None:
-        facts["towers"] = f"{_told(plan.pretrain)}, from scratch, contrastively"
+        facts["towers"] = f"{_told(plan.pretrain)}, contrastively, {_origin(start)}"
     return facts
+
+
+def _origin(start: QualityPerceiver | None) -> str:
+    if start is None:
+        return "from scratch"
+    return f"from those of the perceiver with the fingerprint {start.fingerprint()[:8]}"
 
 
 def _told(schedule: Schedule) -> str:
@@ -68,6 +77,11 @@ def make_plan(arguments: Namespace) -> Plan:
         raise ConfigError(
             f"--pretrain-steps is for --clip {TINY_NAME}: {arguments.clip} comes with weights. "
             "Leave it out."
+        )
+    if arguments.start_from is not None and not tiny:
+        raise ConfigError(
+            f"--start-from is for --clip {TINY_NAME}, whose towers are trained: those of "
+            f"{arguments.clip} are not. Leave it out."
         )
     if arguments.workers and not tiny:
         raise ConfigError(
@@ -97,10 +111,11 @@ def make_plan(arguments: Namespace) -> Plan:
         sides=tuple(arguments.sides or recipe.sides),
         seed=arguments.seed,
     )
+    towers = pretrain.FROM_SCRATCH if arguments.start_from is None else pretrain.FROM_OTHERS
     return Plan(
         stage1,
         _lasting(restorers.SCHEDULE, arguments.restorer_steps),
-        _lasting(pretrain.SCHEDULE, arguments.pretrain_steps) if tiny else None,
+        _lasting(towers, arguments.pretrain_steps) if tiny else None,
     )
 
 
@@ -108,12 +123,15 @@ def _lasting(schedule: Schedule, steps: int | None) -> Schedule:
     return schedule if steps is None else schedule.lasting(steps)
 
 
-def options_of(arguments: Namespace, plan: Plan, photos: str) -> dict[str, Any]:
+def options_of(
+    arguments: Namespace, plan: Plan, photos: str, start: QualityPerceiver | None
+) -> dict[str, Any]:
     """What decides the weights: a run with other values is another run."""
     tiny = plan.pretrain is not None
     return {
         "clip": arguments.clip,
         "pretrained": None if tiny else arguments.pretrained,
+        "start": start.fingerprint() if start is not None else None,
         "medium": arguments.medium,
         "words": arguments.words,
         "context_length": arguments.context_length,

@@ -1,4 +1,4 @@
-"""Train the two towers of ``perceive-tiny`` from scratch, on photographs and captions of damage."""
+"""Train the two towers of ``perceive-tiny`` on photographs and captions of damage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from perceive_adapter.data.samples import (
     with_surroundings,
 )
 from perceive_adapter.data.triplets import Blend, Milder
+from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.heads import DegradationHeads
 from perceive_adapter.perceiver.quality import QualityPerceiver
 from perceive_adapter.perceiver.trunk import TRUNK_NAME, StatisticsTrunk, register_trunk
@@ -40,7 +41,8 @@ from perceive_adapter.training.tiers import tier_shares
 
 __all__ = [
     "ARCHITECTURE",
-    "SCHEDULE",
+    "FROM_OTHERS",
+    "FROM_SCRATCH",
     "Batch",
     "TinyTowers",
     "as_perceiver",
@@ -64,17 +66,21 @@ ARCHITECTURE: Final[Mapping[str, Any]] = {
 }
 """Keyword arguments of the open_clip model that perceive-tiny is."""
 
-SCHEDULE: Final = Schedule(
+FROM_SCRATCH: Final = Schedule(
     steps=16_000, learning_rate=2e-3, final_learning_rate=1e-5, warmup=300, weight_decay=0.02
+)
+FROM_OTHERS: Final = Schedule(
+    steps=12_000, learning_rate=5e-4, final_learning_rate=1e-5, warmup=300, weight_decay=0.02
 )
 _TIERS: Final = 3
 _RATED: Final = 2.0  # weight of the captions of quality
 _BLENDED: Final = 0.15  # share of the images that are half restored
 _DARK: Final = 0.04  # share of the crops that are dark scenes, more than there are in albums
-_SIZES: Final = ((64, 128), (96, 64), (128, 40), (64, 128), (192, 20))
+_SIZES: Final = ((64, 128), (96, 64), (64, 128), (128, 40), (64, 128), (192, 20))
 _CAPTIONS: Final = 48  # of a batch; writing and reading one costs more than an image
 _LARGEST_SCALE: Final = 30.0
 _VIEWS: Final = 16
+_FAMILY_OF_KIND: Final = {KIND_OF[name]: family for name, family in FAMILY_OF.items()}
 
 
 class Batch(NamedTuple):
@@ -100,13 +106,20 @@ class Batch(NamedTuple):
 
 
 class TinyTowers(nn.Module):
-    """The open_clip model and the heads while they are trained, with batch normalisation.
+    """The open_clip model and the heads while they are trained.
+
+    With batch normalisation where they are trained from scratch; it is folded into the weights of
+    those that they start from.
 
     Args:
-        seed: of the weights; the global generators are left alone.
+        seed: of the weights that are drawn; the global generators are left alone.
+        start: perceiver whose towers and heads to start from; None draws them.
+
+    Raises:
+        ConfigError: ``start`` has other towers.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, start: QualityPerceiver | None = None) -> None:
         super().__init__()
         import open_clip
 
@@ -116,14 +129,41 @@ class TinyTowers(nn.Module):
             self.clip: Any = open_clip.CLIP(
                 **{k: dict(v) if isinstance(v, Mapping) else v for k, v in ARCHITECTURE.items()}
             )
-            self.clip.visual.trunk = StatisticsTrunk(normalised=True)
+            self.clip.visual.trunk = StatisticsTrunk(normalised=start is None)
             self.heads = DegradationHeads(ARCHITECTURE["embed_dim"], KINDS)
+        if start is not None:
+            self._start_from(start)
         self.tokenize = WordTokenizer(WORDS, _CONTEXT)
         mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+
+    @torch.no_grad()
+    def _start_from(self, start: QualityPerceiver) -> None:
+        """Copy a perceiver's towers, and its heads if it has those of ``FAMILIES``."""
+        if start.config.clip != ARCHITECTURE or start.config.vocabulary != WORDS:
+            raise ConfigError(
+                f"the perceiver to start from has the towers {start.config.clip!r}: expected those "
+                "of perceive-tiny, or of one that was trained with --clip perceive-tiny."
+            )
+        towers, clip = start.towers, self.clip
+        clip.visual.load_state_dict(towers.visual.state_dict())
+        clip.transformer.load_state_dict(towers.text.transformer.state_dict())
+        clip.ln_final.load_state_dict(towers.text.norm.state_dict())
+        clip.token_embedding.load_state_dict(cast(nn.Module, towers.tokens).state_dict())
+        clip.text_projection.copy_(cast(nn.Linear, towers.text.projection).weight.T)
+        # A perceiver keeps the positions that its prompts take; those of longer captions are drawn.
+        clip.positional_embedding[: len(towers.text.positions)] = towers.text.positions
+        clip.logit_scale.copy_(towers.logit_scale)
+        if start.heads is not None and start.heads.names == FAMILIES:
+            self.heads.hidden.load_state_dict(start.heads.hidden.state_dict())
+            family = [FAMILIES.index(_FAMILY_OF_KIND[kind]) for kind in KINDS]
+            for name in ("presence", "severity"):
+                new, old = getattr(self.heads, name), getattr(start.heads, name)
+                new.weight.copy_(old.weight[family])
+                new.bias.copy_(old.bias[family])
 
     def embed(self, image: Tensor) -> Tensor:
         """Embed (B, 3, H, W) in [0, 1] to unit vectors (B, E)."""
@@ -173,12 +213,12 @@ def draw_batch(
     tokenize: WordTokenizer,
     generator: torch.Generator,
 ) -> Batch:
-    """Draw a batch for the towers, three images of four damaged in ways of their own.
+    """Draw a batch for the towers, half of the images damaged in ways of their own.
 
     The others are triplets as stage 1 sees them: a damaged image, one half restored, a clean one.
     What stage 1 has to tell apart, the towers must have kept apart.
     """
-    scenes = count // 12
+    scenes = count // 6
     photos = sampler.draw(count - 2 * scenes, with_surroundings(side), generator)
     alone = degrade_each(
         photos[scenes:], draw_severities(len(photos) - scenes, generator), generator
@@ -230,7 +270,8 @@ def blended(samples: Samples, remains: Tensor) -> Samples:
 def pretrain(
     photos: Sequence[Tensor],
     *,
-    schedule: Schedule = SCHEDULE,
+    start: QualityPerceiver | None = None,
+    schedule: Schedule | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     every: int = 250,
@@ -241,7 +282,8 @@ def pretrain(
 
     Args:
         photos: any sizes.
-        schedule: steps and learning rates.
+        start: perceiver whose towers to start from; None trains them from scratch.
+        schedule: steps and learning rates; None for ``FROM_SCRATCH`` or ``FROM_OTHERS``.
         seed: of weights and samples.
         checkpoint: file to go on from after a kill.
         every: steps between two checkpoints.
@@ -249,10 +291,15 @@ def pretrain(
         workers: processes that draw samples; 0 for a thread.
 
     Raises:
+        ConfigError: ``start`` has other towers.
         CheckpointError: ``checkpoint`` is of another run.
     """
+    schedule = schedule or (FROM_SCRATCH if start is None else FROM_OTHERS)
     sampler = CropSampler(photos, dark=_DARK)
-    towers = TinyTowers(seed).train()
+    towers = TinyTowers(seed, start).train()
+    settings = {"seed": seed, "photographs": photos_digest(sampler)}
+    if start is not None:
+        settings["start"] = start.fingerprint()
     towers.to(device).to(memory_format=torch.channels_last)
 
     def draw(step: int) -> Batch:
@@ -264,7 +311,7 @@ def pretrain(
             {"towers": towers},
             lambda step: towers.loss(ahead(step).to(device)),
             schedule,
-            settings={"seed": seed, "photographs": photos_digest(sampler)},
+            settings=settings,
             checkpoint=checkpoint,
             every=every,
             title="pretrain",
@@ -316,8 +363,7 @@ def _start_heads(heads: DegradationHeads, trained: DegradationHeads) -> None:
     """Copy the hidden layer, and for each family the mean of its kinds' outputs."""
     heads.hidden.load_state_dict(trained.hidden.state_dict())
     for column, family in enumerate(FAMILIES):
-        names = {KIND_OF[name] for name, other in FAMILY_OF.items() if other == family}
-        kinds = [index for index, kind in enumerate(KINDS) if kind in names]
+        kinds = [i for i, kind in enumerate(KINDS) if _FAMILY_OF_KIND[kind] == family]
         for output in ("presence", "severity"):
             new, old = getattr(heads, output), getattr(trained, output)
             new.weight[column] = old.weight[kinds].mean(dim=0)
