@@ -358,6 +358,26 @@ def test_training_from_scratch(uninterrupted: tuple[Path, str]) -> None:
     assert "| medium images | restored |" in card
 
 
+def test_training_from_the_towers_of_another(
+    uninterrupted: tuple[Path, str], photos: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """They are moved a little, and no other's run is taken for this one."""
+    start, _ = uninterrupted
+    options = ["--data", photos, "--out", tmp_path, *KILLED]
+    assert train(*options, "--start-from", start) == 0
+    before, after = (load_file(folder / WEIGHTS) for folder in (start, tmp_path))
+    name = "towers.visual.trunk.stages.0.0.weight"
+    assert 0 < (after[name] - before[name]).abs().max() < 0.01
+    fingerprint = QualityPerceiver.from_pretrained(start).fingerprint()
+    assert (
+        f"from those of the perceiver with the fingerprint {fingerprint[:8]}"
+        in (tmp_path / "README.md").read_text()
+    )
+    capsys.readouterr()
+    assert train(*options, "--start-from", "perceive-tiny") == 2
+    assert "start=" in capsys.readouterr().err
+
+
 def test_the_same_command_again_changes_nothing(
     uninterrupted: tuple[Path, str], photos: Path
 ) -> None:
@@ -488,6 +508,8 @@ def test_a_damaged_checkpoint_is_refused(
     [
         ("--clip RN50 --pretrain-steps 3", "Leave it out"),
         ("--clip RN50 --workers 3", "--workers is for --clip perceive-tiny"),
+        ("--clip RN50 --start-from perceive-tiny", "--start-from is for --clip perceive-tiny"),
+        ("--clip perceive-tiny --start-from /nowhere", "/nowhere"),
         ("--medium blend --restorer-steps 9", "--restorer-steps is for --medium restored or mixed"),
         ("--clip perceive-tiny --learning-rate 1e-5", "expected it to fall"),
         ("--clip perceive-tiny --words bad mediocre flawless", "does not know, ['flawless']"),

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small import folds, photos
+from small import folds, perceiver, photos
 from torch import Tensor
 
-from perceive_adapter.data import KINDS
+from perceive_adapter.data import FAMILIES, KINDS
 from perceive_adapter.data.samples import CropSampler, degrade_each, draw_severities
-from perceive_adapter.errors import CheckpointError
+from perceive_adapter.errors import CheckpointError, ConfigError
+from perceive_adapter.perceiver import QualityPerceiver
 from perceive_adapter.perceiver.vocabulary import WordTokenizer
 from perceive_adapter.training.captions import WORDS
 from perceive_adapter.training.loop import Schedule, seeded, train
@@ -19,6 +20,7 @@ from perceive_adapter.training.pretrain import (
     ARCHITECTURE,
     Batch,
     TinyTowers,
+    as_perceiver,
     blended,
     contrast,
     draw_batch,
@@ -77,6 +79,54 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         pretrain(photos()[:2], **settings)
 
 
+@pytest.fixture(scope="module")
+def bundled() -> QualityPerceiver:
+    return QualityPerceiver.from_pretrained("perceive-tiny")
+
+
+def test_towers_start_from_those_of_a_perceiver(bundled: QualityPerceiver) -> None:
+    again = as_perceiver(TinyTowers(start=bundled), words=["bad", "mediocre", "good"])
+    image = folds()[0].draw(2, 48, seeded(0, 0))
+    here, there = again.embed(image), bundled.embed(image)
+    assert torch.equal(here, there)
+    assert bundled.heads is not None
+    assert again.heads is not None
+    assert again.heads.names == FAMILIES
+    torch.testing.assert_close(again.heads(here), bundled.heads(there))
+    captions = ["a terrible photo", "a photo with severe rain and slight noise"]
+    assert torch.equal(again.towers.encode_texts(captions), bundled.towers.encode_texts(captions))
+    assert torch.equal(again.towers.logit_scale, bundled.towers.logit_scale)
+
+
+def test_towers_that_start_from_others_are_trained(bundled: QualityPerceiver) -> None:
+    before = bundled.fingerprint()
+    first, trained = (
+        pretrain(photos(), start=bundled, schedule=Schedule(steps, 1e-3)) for steps in (0, 2)
+    )
+    assert bundled.fingerprint() == before
+    assert not any(parameter.requires_grad for parameter in bundled.towers.parameters())
+    moved = {
+        name
+        for name, value in trained.named_parameters()
+        if not value.equal(first.get_parameter(name))
+    }
+    assert moved == {name for name, _ in trained.named_parameters()}
+
+
+def test_towers_do_not_start_from_those_of_another_kind() -> None:
+    with pytest.raises(ConfigError, match=r"expected those of perceive-tiny"):
+        TinyTowers(start=perceiver())
+
+
+def test_a_checkpoint_of_other_first_towers_is_refused(
+    bundled: QualityPerceiver, tmp_path: Path
+) -> None:
+    settings = {"schedule": Schedule(1, 1e-3), "checkpoint": tmp_path / "pretrain.pt"}
+    pretrain(photos(), **settings)
+    with pytest.raises(CheckpointError, match=r"start"):
+        pretrain(photos(), start=bundled, **settings)
+
+
 def test_samples_are_as_files_hold_them_and_labelled() -> None:
     batch = drawn(144)
     assert batch.image.shape == (144, 3, 32, 32)
@@ -86,18 +136,18 @@ def test_samples_are_as_files_hold_them_and_labelled() -> None:
     assert 0 <= batch.image.min() < batch.image.max() <= 1
     assert 0 <= batch.severity.min() < batch.severity.max() <= 1
     clean = (batch.severity == 0).all(dim=1)
-    assert clean.sum() == 12 + 12  # of the triplets, and one of nine others
+    assert clean.sum() == 24 + 8  # of the triplets, and one of nine others
     torch.testing.assert_close(batch.tiers.sum(dim=1), torch.ones(144))
     assert batch.tiers[clean, 2].eq(1).all()
     assert len(batch.captioned) == 48
     assert batch.captions.shape == (48 + 3, 24)
 
 
-def test_one_in_four_belongs_to_a_triplet_of_its_scene() -> None:
+def test_half_belong_to_a_triplet_of_their_scene() -> None:
     batch = drawn(144, side=64)
-    low, medium, high = batch.severity[:36].view(3, 12, -1)
-    assert batch.tiers[:36].argmax(dim=1).tolist() == 12 * [0] + 12 * [1] + 12 * [2]
-    assert batch.tiers[:36].amax(dim=1).eq(1).all()
+    low, medium, high = batch.severity[:72].view(3, 24, -1)
+    assert batch.tiers[:72].argmax(dim=1).tolist() == 24 * [0] + 24 * [1] + 24 * [2]
+    assert batch.tiers[:72].amax(dim=1).eq(1).all()
     assert low.amax(dim=1).min() >= 0.5
     shares = (medium / low)[low > 0]
     assert ((shares - 0.4).abs().lt(1e-5) | (shares - 0.5).abs().lt(1e-5)).all()
@@ -119,7 +169,7 @@ def test_the_middle_of_a_triplet_is_labelled_as_it_was_made() -> None:
 
 def test_some_images_are_half_restored() -> None:
     """Severities from 0.05 on become smaller, to a fifth at least."""
-    rest = torch.cat([drawn(144, step=step).severity[36:] for step in range(3)])
+    rest = torch.cat([drawn(144, step=step).severity[72:] for step in range(4)])
     least = rest.masked_fill(rest == 0, 1).amin(dim=1)
     assert 0.01 <= least.min() < 0.05
 
