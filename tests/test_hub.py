@@ -15,7 +15,14 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from torch import nn
 
-from perceive_adapter import AdapterConfig, CheckpointError, QualityPerceiver, wrap
+from perceive_adapter import (
+    AdapterConfig,
+    CheckpointError,
+    ConfigError,
+    PerceptionError,
+    QualityPerceiver,
+    wrap,
+)
 
 REPO = "user/rain"
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -140,6 +147,51 @@ def test_pushed_in_private_and_loaded(
     loads(kind, expected)
     trouble(hub, monkeypatch, "offline")
     loads(kind, expected)
+
+
+def test_options_of_an_adapter(hub: HubServer, tmp_path: Path) -> None:
+    """It and its perceiver are private, and come by one token; the revision is its own."""
+    Perceiver().make(0).push_to_hub("user/eye", token=TOKEN, private=True)
+    with pytest.raises(CheckpointError, match="401"):
+        wrap(net(), perceiver="user/eye")
+    model = wrap(net(), perceiver="user/eye", token=TOKEN)
+    model.push_to_hub(REPO, token=TOKEN, private=True, figures={"images": 3})
+    hub.tags[REPO, "v1"] = dict(hub.repos[REPO])
+    with pytest.raises(CheckpointError, match="401"):
+        wrap(net(), REPO)
+    options: Any = {"revision": "v1", "token": TOKEN, "cache_dir": tmp_path / "other"}
+    loaded = wrap(net(), REPO, **options)
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    loaded.add_adapter("more", REPO, **options)
+    loaded.hotswap_adapter(REPO, **options)
+    served = len(hub.asked)
+    wrap(net(), REPO, local_files_only=True, **options)
+    assert len(hub.asked) == served
+    for call in (wrap, lambda _, **given: loaded.add_adapter("x", **given)):
+        with pytest.raises(ConfigError, match="of no Hub repository"):
+            call(net(), token=TOKEN)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'tokens'"):
+            call(net(), tokens=TOKEN)
+
+
+def test_no_path_of_this_machine_is_pushed(hub: HubServer, tmp_path: Path) -> None:
+    Perceiver().make(0).save_pretrained(tmp_path / "eye")
+    model = wrap(net(), perceiver=tmp_path / "eye")
+    model.push_to_hub(REPO, token=TOKEN)
+    assert str(tmp_path) not in hub.repos[REPO][Adapter.config].decode()
+    with pytest.raises(CheckpointError, match="it is not here; give that one as perceiver="):
+        wrap(net(), REPO)
+    assert torch.equal(wrap(net(), REPO, perceiver=tmp_path / "eye")(IMAGE), model(IMAGE))
+
+
+def test_nothing_is_pushed_inside_a_fold(hub: HubServer) -> None:
+    model = wrap(net())
+    with (
+        model.fold(model.perceive(IMAGE)),
+        pytest.raises(PerceptionError, match=r"fold\(\) is under way"),
+    ):
+        model.push_to_hub(REPO, token=TOKEN)
+    assert not hub.repos
 
 
 def test_options_of_from_pretrained(hub: HubServer, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from hub_server import TOKEN, HubServer
 from safetensors.torch import save_file
 
 from perceive_adapter.errors import CheckpointError, ConfigError
-from perceive_adapter.hub import load_folder, push_folder, resolve, save_folder
+from perceive_adapter.folders import load_folder, save_folder
+from perceive_adapter.hub import push_folder, resolve
 
 NAMES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG: dict[str, Any] = {"rank": 4, "sites": ["a", "b"], "note": "naïve", "alpha": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 from perceive_adapter import wrap
 from perceive_adapter.cli import main
 from perceive_adapter.cli.backbones import load_network
+from perceive_adapter.evaluation.cost import measure_cost
+from perceive_adapter.evaluation.drawing import in_order
 
 NETWORK = """
 import torch
@@ -186,3 +189,10 @@ def test_sizes_are_checked_while_they_are_read(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         inspect("--size", 0)
     assert "whole number from 16" in capsys.readouterr().err
+
+
+def test_a_network_in_half_precision_is_counted_and_drawn(tmp_path: Path) -> None:
+    network = load_network("nets:Net")
+    whole, half = wrap(copy.deepcopy(network)), wrap(network.bfloat16())
+    assert measure_cost(half, 64).bare == measure_cost(whole, 64).bare == MULTIPLY_ADDS
+    assert [site.name for site in in_order(half)] == [site.name for site in in_order(whole)]

@@ -45,17 +45,17 @@ NAMES = [
 ]
 
 MODEL_METHODS = {
-    "add_adapter": "name adapter=None",
+    "add_adapter": "name adapter=None **hub_options",
     "delete_adapter": "name",
     "disabled": "",
     "fold": "perception",
     "forward": "*args *perception *adapter_names=None **kwargs",
-    "hotswap_adapter": "pretrained name=None",
+    "hotswap_adapter": "pretrained name=None **hub_options",
     "perceive": "image",
     "print_trainable_parameters": "",
-    "push_to_hub": "repo_id **options",
+    "push_to_hub": "repo_id *figures=None **options",
     "restore": "image *tile=None *overlap=32 *batch_size=1 *perception",
-    "save_pretrained": "folder",
+    "save_pretrained": "folder *figures=None",
     "set_adapter": "name",
     "status": "",
     "train": "mode=True",
@@ -92,12 +92,14 @@ def test_the_signature_of_wrap() -> None:
         "config=None",
         "perceiver=None",
         "example=None",
-        "image_arg=0",
-        "value_range=(0,1)",
+        "image_arg=None",
+        "value_range=None",
+        "semantic_weights=None",
         "is_trainable=None",
+        "**hub_options",
     ]
     kinds = [p.kind.name for p in inspect.signature(wrap).parameters.values()]
-    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 7
+    assert kinds == ["POSITIONAL_OR_KEYWORD"] * 2 + ["KEYWORD_ONLY"] * 8 + ["VAR_KEYWORD"]
 
 
 def test_the_methods_of_the_model() -> None:

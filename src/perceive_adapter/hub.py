@@ -1,7 +1,7 @@
 """Checkpoints on the Hugging Face Hub: find or download a folder, upload one.
 
-What a folder holds is :mod:`perceive_adapter.folders`'s business; its two functions are at hand
-here too. huggingface_hub is imported only when it is needed.
+What a folder holds is :mod:`perceive_adapter.folders`'s business. huggingface_hub is imported only
+when it is needed.
 """
 
 import os
@@ -10,19 +10,49 @@ import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from torch import Tensor
 
-from perceive_adapter.errors import CheckpointError
-from perceive_adapter.folders import PICKLES, DamagedError, load_folder, save_folder
+from perceive_adapter.errors import CheckpointError, ConfigError
+from perceive_adapter.folders import PICKLES, DamagedError, load_folder
 
-__all__ = ["load", "load_folder", "push_folder", "resolve", "save_folder"]
+__all__ = ["HubOptions", "check_options", "load", "push_folder", "resolve"]
 
 _PATTERNS = ["*.json", "*.safetensors", "README.md"]
 _REPO_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII
 )
+
+
+class HubOptions(TypedDict, total=False):
+    """How a Hub repository is read: what :func:`resolve` takes by keyword."""
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+
+
+def check_options(options: HubOptions, function: str, pretrained: object) -> None:
+    """Raise for keywords that are no options of a Hub repository, or where none is read.
+
+    Args:
+        options: whatever was given by keyword.
+        function: whose keywords they are.
+        pretrained: name of what is read; None for nothing.
+
+    Raises:
+        TypeError: there is no such option.
+        ConfigError: there is nothing to read.
+    """
+    if unknown := [name for name in options if name not in HubOptions.__annotations__]:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+    if options and pretrained is None:
+        raise ConfigError(
+            f"{', '.join(options)} of no Hub repository: name the one that is to be read, or leave "
+            "it out"
+        )
 
 
 def load(

@@ -3,6 +3,7 @@
 import copy
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from wrapping import KINDS, moved, relative, wrapped
 from zoo import CASES
@@ -119,8 +122,11 @@ def test_range_and_image_argument_are_kept(tmp_path: Path) -> None:
     assert loaded.value_range == model.value_range
     assert torch.equal(loaded.restore(IMAGE), model.restore(IMAGE))
     wrap(case.net(), tmp_path, value_range=(-1, 1), image_arg="image")
-    with pytest.raises(ConfigError, match="value_range="):
-        wrap(case.net(), tmp_path, value_range=(0, 255))
+    for other in ((0, 255), (0, 1)):
+        with pytest.raises(ConfigError, match="value_range="):
+            wrap(case.net(), tmp_path, value_range=other)
+    with pytest.raises(ConfigError, match="image_arg="):
+        wrap(case.net(), tmp_path, image_arg=1)
 
 
 def test_saving_again_replaces(saved: Path, tmp_path: Path) -> None:
@@ -365,6 +371,62 @@ def test_a_perceiver_named_by_its_folder_comes_back(tmp_path: Path) -> None:
     assert torch.equal(loaded(IMAGE), model(IMAGE))
     tensors = (tmp_path / "adapter" / TENSORS).read_bytes()
     assert b"towers" not in tensors
+
+
+def test_a_perceiver_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perceiver().save_pretrained(tmp_path / "perceiver")
+    monkeypatch.chdir(tmp_path)
+    model = wrapped("isotropic", perceiver="perceiver")
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(wrap(net(), tmp_path / "adapter")(IMAGE), model(IMAGE))
+    shutil.move(tmp_path / "perceiver", tmp_path / "moved")
+    with pytest.raises(AdapterMismatchError, match=r"is not here; give that one as perceiver="):
+        wrap(net(), tmp_path / "adapter")
+    loaded = wrap(net(), tmp_path / "adapter", perceiver=tmp_path / "moved")
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A file of weights of a small image model."""
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), file)
+    return file
+
+
+def test_a_semantic_model_is_the_one_of_the_training(weights: Path, tmp_path: Path) -> None:
+    config = AdapterConfig(semantic="test_vit", semantic_weights=str(weights))
+    model = wrapped("isotropic", config=config)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(wrap(net(), tmp_path / "adapter")(IMAGE), model(IMAGE))
+    moved_to = tmp_path / "moved.safetensors"
+    weights.rename(moved_to)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded .* as semantic_weights="):
+        wrap(net(), tmp_path / "adapter")
+    loaded = wrap(net(), tmp_path / "adapter", semantic_weights=moved_to)
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    loaded.add_adapter("same", tmp_path / "adapter")
+    loaded.hotswap_adapter(tmp_path / "adapter")
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(wrap(net(), tmp_path / "again")(IMAGE), model(IMAGE))
+    save_file({k: v + 0.1 for k, v in load_file(moved_to).items()}, weights)
+    for give in ({}, {"semantic_weights": weights}):
+        with pytest.raises(AdapterMismatchError, match=r"fingerprint .*, and others are here"):
+            wrap(net(), tmp_path / "adapter", **give)
+    other = wrapped("isotropic", config=config)
+    with pytest.raises(AdapterMismatchError, match="another semantic model"):
+        other.add_adapter("same", tmp_path / "adapter")
+
+
+def test_weights_of_no_semantic_model_are_refused(saved: Path, weights: Path) -> None:
+    with pytest.raises(ConfigError, match="would steer nothing"):
+        wrap(net(), saved, semantic_weights=weights)
+    with pytest.raises(ConfigError, match=r"config=AdapterConfig\(semantic="):
+        wrap(net(), semantic_weights=weights)
 
 
 def test_a_perceiver_given_as_an_object_has_to_be_given_again(tmp_path: Path) -> None:

@@ -109,6 +109,18 @@ def test_added_inside_inference_mode_it_trains() -> None:
     assert all(p.grad is not None for p in model.trainable_parameters())
 
 
+def test_what_was_frozen_of_an_adapter_stays_so() -> None:
+    model = wrapped("u_shape")
+    model.injector.encoder.requires_grad_(False)
+    before = {name for name, p in model.injector.named_parameters() if p.requires_grad}
+    assert 0 < len(before) < len(list(model.injector.parameters()))
+    model.add_adapter("rain")
+    model.set_adapter("rain")
+    assert all(parameter.requires_grad for parameter in model.injector.parameters())
+    model.set_adapter("default")
+    assert {name for name, p in model.injector.named_parameters() if p.requires_grad} == before
+
+
 def test_weights_are_not_swapped_inside_a_fold(tmp_path: Path) -> None:
     model = wrapped("u_shape")
     model.save_pretrained(tmp_path)

@@ -37,6 +37,20 @@ def model() -> PerceiveModel:
     return wrapped("u_shape")
 
 
+# The bare backbone
+
+
+def test_nothing_is_perceived_for_the_bare_backbone() -> None:
+    """An adapter that waits for what it is told restores with nothing, too, where it is off."""
+    model = wrapped("u_shape", config=AdapterConfig(sources={"degradations": 5}))
+    image = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(PerceptionError):
+        model.restore(image)
+    with model.disabled():
+        assert torch.equal(model.restore(image), model(image))
+        assert relative(model.restore(image, tile=32, overlap=8), model(image)) < 0.1
+
+
 # Kinds
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny_clip import RESNET, VIT, images, tiny, trained
 
 from perceive_adapter.errors import CheckpointError, UntrainedPerceiverWarning
-from perceive_adapter.hub import load_folder, save_folder
+from perceive_adapter.folders import load_folder, save_folder
 from perceive_adapter.perceiver import QualityPerceiver
 from perceive_adapter.perceiver.towers import build_clip
 

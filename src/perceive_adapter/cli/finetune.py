@@ -270,11 +270,11 @@ def _save(
     """Save the adapter, measure it on what was set aside, and put the figures into its card."""
     from perceive_adapter.evaluation.measure import compare
     from perceive_adapter.evaluation.report import group_means, table
-    from perceive_adapter.injection.checkpoint import is_sharded, save_adapter
+    from perceive_adapter.injection.checkpoint import is_sharded
 
     sharded = any(map(is_sharded, model.parameters()))
     if sharded or accelerator.is_main_process:
-        save_adapter(model, arguments.out)
+        model.save_pretrained(arguments.out)
     if not accelerator.is_main_process:
         return
     print(f"Saved in {str(arguments.out)!r}.\n")
@@ -289,7 +289,7 @@ def _save(
     for group, networks in group_means(measured).items():
         for name, (psnr, _) in networks.items():
             figures[f"{group}, {name}: PSNR in dB on what was set aside"] = psnr
-    save_adapter(model, arguments.out, figures)
+    model.save_pretrained(arguments.out, figures=figures)
 
 
 def _say(message: str) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
 from perceive_adapter.data.pairs import Pair, read_mediums, read_pair
-from perceive_adapter.data.samples import CropSampler, as_file, mirrored_to
+from perceive_adapter.data.samples import CropSampler, as_file, integer_below, mirrored_to
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [
@@ -124,7 +124,7 @@ class CleanPhotos:
 class PairFiles:
     """Pairs of files, such as :func:`~perceive_adapter.data.pairs.find_pairs` finds.
 
-    Decoded pairs are kept in memory as long as they fit into a gigabyte.
+    Decoded pairs are kept in memory as long as they fit into a gigabyte in each process.
 
     Args:
         pairs: their groups are the tasks, ``pairs`` where a group has no name.
@@ -166,14 +166,13 @@ class PairFiles:
             ImageError: a file is cut short, and is not to be skipped, or all of the task's are.
         """
         pairs = self._pairs[task]
-        images = self._read(pairs, _integer(len(pairs), generator))
-        there = [image for image in images if image is not None]
-        joined = mirrored_to(torch.cat(there), side)
-        top, left = (_integer(have - side + 1, generator) for have in joined.shape[1:])
-        joined = joined[:, top : top + side, left : left + side]
-        if _integer(2, generator):
-            joined = joined.flip(2)
-        crops = iter(torch.split(joined.float().div(255), 3))
+        images = self._read(pairs, integer_below(len(pairs), generator))
+        there = [mirrored_to(image, side) for image in images if image is not None]
+        top, left = (integer_below(have - side + 1, generator) for have in there[0].shape[1:])
+        parts = torch.stack([image[:, top : top + side, left : left + side] for image in there])
+        if integer_below(2, generator):
+            parts = parts.flip(3)
+        crops = iter(parts.float().div(255))
         missing = torch.full((3, side, side), torch.nan)
         degraded, target, *mediums = (missing if image is None else next(crops) for image in images)
         unknown = torch.full((len(FAMILIES),), torch.nan)
@@ -294,7 +293,7 @@ class RestorationData(Dataset[RestorationSample]):
         """Draw a sample of the task in this column."""
         task = self.tasks[column]
         drawn = self._source_of[task].draw(task, self.context, generator)
-        top, left = (_integer(self.context - self.patch + 1, generator) for _ in range(2))
+        top, left = (integer_below(self.context - self.patch + 1, generator) for _ in range(2))
         window = (..., slice(top, top + self.patch), slice(left, left + self.patch))
         mediums = torch.full((self.mediums, 3, self.patch, self.patch), torch.nan)
         if drawn.mediums is not None:
@@ -339,7 +338,3 @@ def _shares(tasks: Sequence[str], ratios: Mapping[str, float]) -> Tensor:
             "numbers of 0 or more, one of them above 0."
         )
     return torch.tensor(values, dtype=torch.float64) / sum(values)
-
-
-def _integer(limit: int, generator: torch.Generator) -> int:
-    return int(torch.randint(limit, (), generator=generator))

@@ -37,6 +37,7 @@ __all__ = [
     "draw_severities",
     "find_images",
     "images_below",
+    "integer_below",
     "load_photos",
     "mirrored_to",
     "with_surroundings",
@@ -170,18 +171,18 @@ class CropSampler:
 
     def _crop(self, side: int, generator: torch.Generator) -> Tensor:
         for attempt in range(4):
-            pyramid = self.pyramids[_integer(len(self.pyramids), generator)]
-            photo = pyramid[_integer(len(pyramid), generator)]
+            pyramid = self.pyramids[integer_below(len(self.pyramids), generator)]
+            photo = pyramid[integer_below(len(pyramid), generator)]
             if min(photo.shape[1:]) < side:
                 photo = pyramid[0]
             if min(photo.shape[1:]) < side:
                 photo = mirrored_to(photo, side)
-            top, left = (_integer(have - side + 1, generator) for have in photo.shape[1:])
+            top, left = (integer_below(have - side + 1, generator) for have in photo.shape[1:])
             crop = photo[:, top : top + side, left : left + side]
-            if attempt == 3 or crop.float().std() > 255 * _FLAT or _integer(8, generator) == 0:
+            if attempt == 3 or crop.float().std() > 255 * _FLAT or integer_below(8, generator) == 0:
                 break
-        crop = crop.transpose(1, 2) if _integer(4, generator) == 0 else crop
-        return crop.flip(2) if _integer(2, generator) else crop
+        crop = crop.transpose(1, 2) if integer_below(4, generator) == 0 else crop
+        return crop.flip(2) if integer_below(2, generator) else crop
 
 
 def draw_severities(
@@ -205,7 +206,7 @@ def draw_severities(
         For each image the severity of each of its degradations, by name, no two of one kind.
     """
     drawn = []
-    offset = _integer(len(KINDS), generator)
+    offset = integer_below(len(KINDS), generator)
     for index in range(count):
         several = (0, 1, 1, 2, 1, 1, 3, 1, 1)[index % 9]
         others = torch.randperm(len(KINDS), generator=generator).tolist()
@@ -214,7 +215,7 @@ def draw_severities(
         severities = {}
         for kind in chosen:
             names = _NAMES_OF[KINDS[kind]]
-            name = names[_integer(len(names), generator)]
+            name = names[integer_below(len(names), generator)]
             share = float(torch.rand((), generator=generator))
             severities[name] = low + (high - low) * (share if kind == first else share**2)
         drawn.append(severities)
@@ -355,5 +356,6 @@ def _darken(crops: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.where(chosen < share, crops * torch.exp2(-1 - 2 * stops), crops)
 
 
-def _integer(limit: int, generator: torch.Generator) -> int:
+def integer_below(limit: int, generator: torch.Generator) -> int:
+    """Draw an integer from 0 to ``limit`` - 1."""
     return int(torch.randint(limit, (), generator=generator))

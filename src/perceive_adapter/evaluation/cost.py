@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceive_adapter.errors import BackboneError, ConfigError
 from perceive_adapter.injection.model import PerceiveModel
+from perceive_adapter.injection.probe import weight_like_images
 
 __all__ = ["Cost", "measure_cost"]
 
@@ -75,8 +76,8 @@ def measure_cost(model: PerceiveModel, size: int) -> Cost:
             f"size={size}: this network takes sides that are multiples of {model.size_multiple}; "
             f"give {nearest}"
         )
-    like = next(model.injector.parameters())
-    image = torch.full((1, model.sites.image_channels, size, size), 0.5).to(like)
+    image = torch.full((1, model.sites.image_channels, size, size), 0.5)
+    image = image.to(weight_like_images(model.backbone))
     try:
         with model.disabled():
             bare = _counted(lambda: model(image))

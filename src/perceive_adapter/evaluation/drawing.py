@@ -12,7 +12,7 @@ import torch
 from perceive_adapter.evaluation.report import new_figure
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.plan import Role, Site
-from perceive_adapter.injection.probe import Example, quiet, trace
+from perceive_adapter.injection.probe import Example, quiet, trace, weight_like_images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def in_order(model: PerceiveModel) -> list[Site]:
     """
     plan = model.sites
     image = torch.full((1, plan.image_channels, *plan.probe_size), 0.5)
-    example = Example((image.to(next(model.injector.parameters())),), {}, 0)
+    example = Example((image.to(weight_like_images(model.backbone)),), {}, 0)
     with model.disabled(), quiet(model.backbone):
         calls = trace(model.backbone, example, fingerprints=False).calls
     return sorted(plan, key=lambda site: (calls[site.name][0].end, site.role == "level"))

@@ -43,14 +43,12 @@ class Protocol:
 
     Args:
         name: how the command line and reports call it.
-        about: what it is, in a line.
         noisy: set of clean images that get noise of sigma 15, 25 and 50; None for none.
         pairs: sets of pairs; None takes every set of pairs that there is.
         tasks: degradations that are made of all images of the folder.
     """
 
     name: str
-    about: str
     noisy: _Set | None = None
     pairs: tuple[_Set, ...] | None = ()
     tasks: tuple[str, ...] = ()
@@ -127,24 +125,10 @@ def _part(folder: Path, parts: Sequence[str], paired: bool) -> Path | None:
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
-        Protocol("pairs", "every set of pairs below the folder", pairs=None),
-        Protocol(
-            "synthetic",
-            "every image below the folder, with each degradation, mild and severe",
-            tasks=tuple(DEGRADATIONS),
-        ),
-        Protocol(
-            "three-tasks",
-            "SOTS (outdoor), Rain100L, CBSD68 with noise of sigma 15, 25 and 50",
-            noisy=_CBSD68,
-            pairs=(_SOTS, _RAIN),
-        ),
-        Protocol(
-            "five-tasks",
-            "the three tasks, GoPro and LOL",
-            noisy=_CBSD68,
-            pairs=(_SOTS, _RAIN, _GOPRO, _LOL),
-        ),
+        Protocol("pairs", pairs=None),
+        Protocol("synthetic", tasks=tuple(DEGRADATIONS)),
+        Protocol("three-tasks", noisy=_CBSD68, pairs=(_SOTS, _RAIN)),
+        Protocol("five-tasks", noisy=_CBSD68, pairs=(_SOTS, _RAIN, _GOPRO, _LOL)),
     )
 }
 """Every protocol by name; images are whole, in fp32, and metrics are of RGB in 8 bits."""

@@ -28,7 +28,8 @@ class AdapterSet(nn.ModuleDict):
     def __init__(self, backbone: nn.Module, name: str, injector: PromptInjector) -> None:
         super().__init__()
         injector.attach(backbone)
-        self._trains: dict[str, bool] = {}  # once it is active, of those that are not
+        # What trains of the others once they are active; None for all of it.
+        self._trains: dict[str, set[str] | None] = {}
         self.active = name
         self[name] = injector
 
@@ -91,7 +92,7 @@ class AdapterSet(nn.ModuleDict):
         injector.requires_grad_(False)
         injector.enabled = False
         self[name] = injector
-        self._trains[name] = trains
+        self._trains[name] = None if trains else set()
 
     def activate(self, name: str) -> None:
         """Make an adapter the one that works, and trains if it was added or left so.
@@ -102,9 +103,13 @@ class AdapterSet(nn.ModuleDict):
         new, old = self.named(name), self.injector
         if new is old:
             return
-        self._trains[self.active] = self.trains
+        self._trains[self.active] = {
+            part for part, parameter in old.named_parameters() if parameter.requires_grad
+        }
         old.requires_grad_(False)
-        new.requires_grad_(self._trains[name])
+        training = self._trains[name]
+        for part, parameter in new.named_parameters():
+            parameter.requires_grad_(training is None or part in training)
         new.enabled, old.enabled = old.enabled, False
         self.active = name
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from perceive_adapter._version import __version__
 from perceive_adapter.config import AdapterConfig, from_dict, to_dict
 from perceive_adapter.errors import (
     AdapterMismatchError,
-    BackboneError,
     CheckpointError,
     ConfigError,
     SiteError,
@@ -31,6 +29,8 @@ from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.plan import Site, SitePlan
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from perceive_adapter.injection.model import PerceiveModel
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "agree",
     "fingerprint",
     "load_unfrozen",
-    "push_adapter",
     "read_adapter",
     "read_beside",
     "save_adapter",
@@ -82,6 +81,8 @@ class AdapterRecord:
     value_range: ValueRange
     image_position: int | None
     image_name: str | None
+    semantic: str | None = None
+    """Fingerprint of the semantic model, whose name is in ``config``."""
 
     def __post_init__(self) -> None:
         if (self.image_position or 0) < 0 or (self.image_position, self.image_name) == (None, None):
@@ -149,27 +150,38 @@ def save_adapter(
     model: PerceiveModel,
     folder: str | os.PathLike[str],
     figures: Mapping[str, float | str] | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> None:
-    """See :meth:`PerceiveModel.save_pretrained`."""
-    frozen = model.frozen
-    if not model.injector.attached:
-        raise BackboneError("this model was unwrapped; save it before")
-    tower = model.perceiver_fingerprint
+    """See :meth:`PerceiveModel.save_pretrained`; whoever calls this has the model to itself.
+
+    Args:
+        model: wrapped.
+        folder: made if it does not exist.
+        figures: what was measured, for the model card.
+        elsewhere: whether it is to be read on other machines; paths of this one are left out.
+    """
+    frozen, config = model.frozen, model.injector.config
+    tower, perceiver_name = model.perceiver_fingerprint, model.perceiver_name
+    if elsewhere:
+        config = replace(config, semantic_weights=None)
+        perceiver_name = None if os.path.isabs(perceiver_name or "") else perceiver_name
     position, name = model.image_arg
     record = AdapterRecord(
         format_version=FORMAT_VERSION,
         package_version=__version__,
-        config=model.injector.config,
+        config=config,
         plan=model.sites,
         backbone=BackboneRecord(
             type(model.backbone).__name__,
             fingerprint(model.backbone, frozen.originals, leave_out=model.sites.rewritten),
             model.sites.backbone_parameters,
         ),
-        perceiver=None if tower is None else PerceiverRecord(tower, model.perceiver_name),
+        perceiver=None if tower is None else PerceiverRecord(tower, perceiver_name),
         value_range=model.value_range,
         image_position=position,
         image_name=name,
+        semantic=model.semantic_fingerprint,
     )
     tensors = {INJECTOR_PREFIX + k: v for k, v in model.injector.state_dict().items()}
     tensors |= {BACKBONE_PREFIX + name: value for name, value in frozen.changed().items()}
@@ -187,22 +199,11 @@ def save_adapter(
     )
 
 
-def push_adapter(
-    model: PerceiveModel,
-    repo_id: str,
-    figures: Mapping[str, float | str] | None = None,
-    **options: Any,
-) -> str:
-    """See :meth:`PerceiveModel.push_to_hub`; ``figures`` were measured, for the model card."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, folder, figures)
-        return hub.push_folder(folder, repo_id, **options)
-
-
 def read_adapter(
     name_or_path: str | os.PathLike[str],
     backbone: nn.Module,
     originals: Mapping[str, Tensor] | None = None,
+    **options: Unpack[hub.HubOptions],
 ) -> AdapterFile:
     """Read a saved adapter and check that it is sound and fits ``backbone``; touch nothing.
 
@@ -210,6 +211,7 @@ def read_adapter(
         name_or_path: folder or Hub repository.
         backbone: that it is for.
         originals: values of the backbone's weights from before its own training, by name.
+        **options: of the Hub repository.
 
     Raises:
         CheckpointError: missing, damaged, of an unknown format, or with other tensors than its
@@ -217,7 +219,7 @@ def read_adapter(
         AdapterMismatchError: it belongs to a backbone with other modules or shapes.
     """
     where = str(name_or_path)
-    _, data, tensors = hub.load(name_or_path, CONFIG_NAME, TENSORS_NAME)
+    _, data, tensors = hub.load(name_or_path, CONFIG_NAME, TENSORS_NAME, **options)
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
@@ -243,6 +245,7 @@ def read_beside(
     name_or_path: str | os.PathLike[str],
     *,
     like: PromptInjector | None = None,
+    **options: Unpack[hub.HubOptions],
 ) -> AdapterFile:
     """Read a saved adapter that is to share a wrapped model with its own adapters.
 
@@ -250,30 +253,37 @@ def read_beside(
         model: it is not changed.
         name_or_path: folder or Hub repository.
         like: adapter that must have the same sites and config, but for what it treats.
+        **options: of the Hub repository.
 
     Raises:
         CheckpointError: missing, damaged, or it does not fit the model.
     """
-    file = read_adapter(name_or_path, model.backbone, model.frozen.originals)
+    file = read_adapter(name_or_path, model.backbone, model.frozen.originals, **options)
     record = file.record
     steers = None if record.perceiver is None else record.perceiver.fingerprint
     position = (record.image_position, record.image_name)
     differs = {
         "is steered by another perceiver": steers not in (None, model.perceiver_fingerprint),
         "is steered by another semantic model": record.config.semantic is not None
-        and record.config.semantic != model.injector.config.semantic,
+        and (record.config.semantic, record.semantic or model.semantic_fingerprint)
+        != (model.injector.config.semantic, model.semantic_fingerprint),
         "takes another value range": record.value_range != model.value_range,
         "takes the image as another argument": position != model.image_arg,
         "trained parameters of the backbone, which adapters share": bool(file.unfrozen),
         "has other sites": like is not None and _unreasoned(record.plan) != _unreasoned(like.plan),
         "has another config": like is not None
-        and replace(record.config, treats=like.config.treats) != like.config,
+        and _comparable(record.config) != _comparable(like.config),
     }
     if reasons := [reason for reason, differ in differs.items() if differ]:
         raise AdapterMismatchError(
             f"{file.where} {' and '.join(reasons)}: wrap another copy of the backbone with it"
         )
     return file
+
+
+def _comparable(config: AdapterConfig) -> AdapterConfig:
+    """Leave out what may differ between weights that take each other's place."""
+    return replace(config, treats=None, semantic_weights=None)
 
 
 def _unreasoned(plan: SitePlan) -> list[Site]:
@@ -364,13 +374,13 @@ def _check_backbone(
         )
 
 
-def agree(name: str, given: Any, default: Any, saved: Any) -> Any:
+def agree(name: str, given: Any, saved: Any) -> Any:
     """Return the saved value, unless the caller asked for another one.
 
     Raises:
-        ConfigError: the given value is neither the default nor the saved one.
+        ConfigError: a value is given, and is not the saved one.
     """
-    if given not in (default, saved):
+    if given not in (None, saved):
         raise ConfigError(
             f"{name}={given!r} contradicts the saved adapter's {saved!r}; leave it out"
         )

@@ -56,7 +56,7 @@ def plan_sites(
         sites: dotted module names or globs (``*`` stays within one level, ``**`` does not), with
             an optional prefix ``level:`` or ``layer:``; None discovers within the budget.
         config: kinds of prompt modules, rank and budget.
-        example: input of the dry run, an image (B, C, H, W) or a tuple of arguments or a mapping
+        example: input of the dry run, an image (1, C, H, W) or a tuple of arguments or a mapping
             of keyword arguments; None tries (1, C, 64, 64).
         image_arg: position or keyword of the image among the arguments.
 
@@ -67,6 +67,7 @@ def plan_sites(
         SiteError: nothing matches, or the layout of a named site is ambiguous.
         BackboneError: the dry run fails, or gives no image.
         ConfigError: a bad configuration.
+        ImageError: the example is no floating-point image.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from perceive_adapter.errors import (
     ImageError,
     PerceptionError,
 )
+from perceive_adapter.hub import HubOptions, check_options, push_folder
 from perceive_adapter.injection.adapters import AdapterSet
-from perceive_adapter.injection.checkpoint import push_adapter, read_beside, save_adapter
+from perceive_adapter.injection.checkpoint import fingerprint, read_beside, save_adapter
 from perceive_adapter.injection.folding import folded_weights
 from perceive_adapter.injection.freezing import FrozenBackbone, hold_in_eval
 from perceive_adapter.injection.injector import PromptInjector
@@ -30,6 +32,9 @@ from perceive_adapter.injection.restore import Image, find_multiple, restore_ima
 from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.injection.status import AdapterStatus
 from perceive_adapter.perceiver.quality import QualityPerceiver
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["PerceiveModel"]
 
@@ -76,6 +81,7 @@ class PerceiveModel(nn.Module):
         # As it was given: .to(dtype) casts it too, and it is the same perceiver still.
         self.perceiver_fingerprint = perceiver.fingerprint() if perceiver is not None else None
         self.semantic = semantic
+        self.semantic_fingerprint = fingerprint(semantic.tower) if semantic is not None else None
         self.image_arg = image_arg
         self.value_range = value_range or ValueRange()
         self._multiple: int | None = None
@@ -236,8 +242,9 @@ class PerceiveModel(nn.Module):
     def fold(self, perception: Perception) -> Iterator[None]:
         """Run everything inside the context with one perception, folded into the weights.
 
-        For many forward passes of one image, such as its tiles. Other threads wait. Inside
-        :meth:`disabled` it does nothing.
+        For many forward passes of one image, such as its tiles, without gradients: those of other
+        networks inside the context have none either. Other threads wait. Inside :meth:`disabled`
+        it does nothing.
 
         Raises:
             PerceptionError: the perception is of more than one image, or a fold is under way.
@@ -362,6 +369,7 @@ class PerceiveModel(nn.Module):
 
         Raises:
             SiteError: a pattern matches no parameter.
+            PerceptionError: a fold is under way.
             BackboneError: the model was unwrapped.
         """
         with self._in_turn(folded=False):
@@ -414,7 +422,10 @@ class PerceiveModel(nn.Module):
 
     @torch.inference_mode(False)  # what is made there could not be trained
     def add_adapter(
-        self, name: str, adapter: PromptInjector | str | os.PathLike[str] | None = None
+        self,
+        name: str,
+        adapter: PromptInjector | str | os.PathLike[str] | None = None,
+        **hub_options: Unpack[HubOptions],
     ) -> None:
         """Add another adapter, inactive until :meth:`set_adapter`, or named for an image.
 
@@ -423,15 +434,19 @@ class PerceiveModel(nn.Module):
             adapter: a saved one's folder or Hub repository, prompt modules made elsewhere, or None
                 for a new one at the active adapter's sites, which works on every image until
                 :meth:`treat`.
+            **hub_options: of its Hub repository: ``revision``, ``token``, ``cache_dir``,
+                ``local_files_only``.
 
         Raises:
-            ConfigError: the name is taken or cannot be one.
+            ConfigError: the name is taken or cannot be one, or there are options of no repository.
             SiteError: its sites do not fit the backbone.
             CheckpointError: the saved adapter is missing, damaged, of another backbone, or steered
                 by something else than this model has.
             CompiledBackboneError: the model has been compiled, and would ignore it.
             BackboneError: the model was unwrapped.
         """
+        saved = None if isinstance(adapter, PromptInjector) else adapter
+        check_options(hub_options, "add_adapter", saved)
         self._check_wrapped()
         self.adapters.check_new(name)
         if self._compiled:
@@ -445,13 +460,18 @@ class PerceiveModel(nn.Module):
             config = dataclasses.replace(self.injector.config, treats=None)
             adapter = PromptInjector(self.sites, config)
         elif not isinstance(adapter, PromptInjector):
-            adapter = read_beside(self, adapter).injector
+            adapter = read_beside(self, adapter, **hub_options).injector
             trains = self.adapters.trains
         like = next(self.injector.parameters())
         with self._in_turn():
             self.adapters.add(self.backbone, name, adapter.to(like.device), trains=trains)
 
-    def hotswap_adapter(self, pretrained: str | os.PathLike[str], name: str | None = None) -> None:
+    def hotswap_adapter(
+        self,
+        pretrained: str | os.PathLike[str],
+        name: str | None = None,
+        **hub_options: Unpack[HubOptions],
+    ) -> None:
         """Put a saved adapter's weights into an adapter of the same make, in place.
 
         A compiled model goes on with them without compiling again, unless they treat other
@@ -460,6 +480,7 @@ class PerceiveModel(nn.Module):
         Args:
             pretrained: folder or Hub repository.
             name: of the adapter that takes them; None for the active one.
+            **hub_options: as for :meth:`add_adapter`.
 
         Raises:
             ConfigError: there is no adapter of that name.
@@ -468,9 +489,11 @@ class PerceiveModel(nn.Module):
             PerceptionError: a fold is under way.
             BackboneError: the model was unwrapped.
         """
+        check_options(hub_options, "hotswap_adapter", pretrained)
         with self._in_turn(folded=False):
             injector = self.adapters.named(self.adapters.active if name is None else name)
-        file = read_beside(self, pretrained, like=injector)  # meanwhile others may restore
+        # Meanwhile others may restore.
+        file = read_beside(self, pretrained, like=injector, **hub_options)
         with self._in_turn(folded=False):
             injector.load_state_dict(file.injector.state_dict())
             injector.treat(file.record.config.treats)
@@ -515,26 +538,42 @@ class PerceiveModel(nn.Module):
 
     # On disk
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        figures: Mapping[str, float | str] | None = None,
+    ) -> None:
         """Save the active adapter: ``adapter_config.json``, ``adapter_model.safetensors``, a card.
 
         Backbone parameters that were unfrozen are saved with it, the rest of the backbone is not.
         Where FSDP has sharded the model every process must call it, and the first one writes.
 
+        Args:
+            folder: made if it does not exist.
+            figures: what was measured, for the model card.
+
         Raises:
+            ConfigError: a figure is not finite.
             PerceptionError: a fold is under way, in which the backbone has other weights.
             BackboneError: the model was unwrapped.
         """
         with self._in_turn(folded=False):
-            save_adapter(self, folder)
+            save_adapter(self, folder, figures)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        figures: Mapping[str, float | str] | None = None,
+        **options: Any,
+    ) -> str:
         """Save the active adapter and upload it to the Hugging Face Hub.
 
         Args:
             repo_id: ``user/name``.
-            **options: ``figures`` that were measured, for the model card, and those of
-                :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
+            figures: what was measured, for the model card.
+            **options: of :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
 
         Returns:
             What the Hub answers: where the upload can be seen.
@@ -542,7 +581,10 @@ class PerceiveModel(nn.Module):
         Raises:
             As :meth:`save_pretrained`, and CheckpointError where the upload fails.
         """
-        return push_adapter(self, repo_id, **options)
+        with tempfile.TemporaryDirectory() as folder:
+            with self._in_turn(folded=False):
+                save_adapter(self, folder, figures, elsewhere=True)
+            return push_folder(folder, repo_id, **options)  # meanwhile others may restore
 
     # Helpers
 

@@ -115,7 +115,7 @@ class Layout:
 
     def __str__(self) -> str:
         axes = {(0, 1): "NCHW", (0, -1): "N..C", (1, -1): "LNC"}
-        name = axes.get((self.batch_axis, self.channel_axis), "?")
+        name = axes[self.batch_axis, self.channel_axis]
         return name if self.order == "major" else f"{name} (alternating)"
 
 

@@ -146,7 +146,6 @@ class Call:
     """One call of one module."""
 
     name: str
-    start: int
     end: int = -1
     input: Tensor | None = None
     output_shape: tuple[int, ...] | None = None
@@ -238,7 +237,7 @@ class _Recorder:
 
     def watch(self, name: str, module: nn.Module, stack: ExitStack) -> None:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.running.append(Call(name, next(self.clock)))
+            self.running.append(Call(name))
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = self.running.pop()

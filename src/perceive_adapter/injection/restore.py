@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -102,17 +103,24 @@ def _restore_one(
     batch_size: int,
 ) -> Tensor:
     """Restore (1, C, H, W) of any dtype to float (1, C, sH, sW)."""
-    if perception is None:
-        perception = model.perceive(_network_input(model, image))
     height, width = _padded_size(model, image)
     align = math.lcm(model.size_multiple, model.sites.stride) if tile else 1
     height, width = (_round_up(side, align) for side in (height, width))
     wanted = _tile_side(model, tile, overlap, align) if tile else max(height, width)
     grid = Grid((height, width), (min(wanted, height), min(wanted, width)), overlap, align)
-    with model.fold(perception):
+    with _steered(model, image, perception):
         restored = _run_tiles(model, image, grid, batch_size)
     height, width = (round(side * model.sites.scale) for side in image.shape[-2:])
     return restored[..., :height, :width]
+
+
+def _steered(
+    model: PerceiveModel, image: Tensor, perception: Perception | None
+) -> AbstractContextManager[None]:
+    """Have all tiles of an image share one perception; the bare backbone needs none."""
+    if not model.injector.enabled:
+        return nullcontext()
+    return model.fold(perception or model.perceive(_network_input(model, image)))
 
 
 def _tile_side(model: PerceiveModel, tile: int, overlap: int, align: int) -> int:

@@ -94,6 +94,6 @@ def _load(model: str, weights: str | None) -> Any:
     except Exception as error:  # a hub, a file system and torch may all refuse
         raise ConfigError(
             f"the weights of semantic={model!r} cannot be loaded from "
-            f"{weights or 'the Hugging Face Hub'}: {error}; give a safetensors file as "
-            "AdapterConfig(semantic_weights=...)"
+            f"{weights or 'the Hugging Face Hub'}: {error}; give the safetensors file "
+            "that they are in as semantic_weights="
         ) from error

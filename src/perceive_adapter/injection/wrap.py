@@ -7,21 +7,32 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 import torch
 from torch import nn
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import AdapterMismatchError, CheckpointError, ConfigError
-from perceive_adapter.injection.checkpoint import agree, load_unfrozen, read_adapter
+from perceive_adapter.hub import HubOptions, check_options
+from perceive_adapter.injection.checkpoint import (
+    AdapterFile,
+    agree,
+    fingerprint,
+    load_unfrozen,
+    read_adapter,
+)
 from perceive_adapter.injection.discovery import plan_sites
 from perceive_adapter.injection.injector import PromptInjector, check_backbone
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.probe import image_argument
 from perceive_adapter.injection.semantic import SemanticGuidance
+from perceive_adapter.perceiver.bundled import BUNDLED
 from perceive_adapter.perceiver.quality import QualityPerceiver
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["wrap"]
 
@@ -39,9 +50,11 @@ def wrap(
     config: AdapterConfig | None = None,
     perceiver: PerceiverLike = None,
     example: Any = None,
-    image_arg: int | str = 0,
-    value_range: object = (0, 1),
+    image_arg: int | str | None = None,
+    value_range: object = None,
+    semantic_weights: str | os.PathLike[str] | None = None,
     is_trainable: bool | None = None,
+    **hub_options: Unpack[HubOptions],
 ) -> PerceiveModel:
     """Plug perception into a trained restoration network.
 
@@ -57,17 +70,23 @@ def wrap(
         sites: dotted module names or globs, see :func:`~perceive_adapter.plan_sites`; None
             discovers them within the parameter budget.
         config: kinds of prompt modules, rank, sources, budget. Only for a new adapter.
-        perceiver: what steers the prompts besides the compact features, frozen: a
-            :class:`~perceive_adapter.QualityPerceiver`, a folder or a Hub repository; False for
-            none. None is the bundled ``perceive-tiny`` where ``config`` names no sources and the
-            backbone's images are RGB or gray, and for a saved adapter the one that it was trained
-            with.
-        example: input for the dry run, where (1, C, 64, 64) does not fit: an image, or a tuple or
-            mapping of all arguments.
-        image_arg: position or keyword of the image among the backbone's arguments.
+        perceiver: what steers the prompts besides the compact features: a
+            :class:`~perceive_adapter.QualityPerceiver`, which is frozen and becomes a part of the
+            model, moved and cast with it, a folder or a Hub repository; False for none. None is the
+            bundled ``perceive-tiny`` where ``config`` names no sources and the backbone's images
+            are RGB or gray, and for a saved adapter the one that it was trained with.
+        example: input for the dry run, where (1, C, 64, 64) does not fit: an image (1, C, H, W),
+            or a tuple or mapping of all arguments. A saved adapter needs none.
+        image_arg: position or keyword of the image among the backbone's arguments; None is the
+            first, or that of the saved adapter.
         value_range: of the backbone's images: ``(low, high)``, or ``(mean, std)`` as two
-            sequences.
+            sequences; None is (0, 1), or that of the saved adapter.
+        semantic_weights: where the weights of a saved adapter's semantic model are, if not where
+            they were when it was trained.
         is_trainable: whether the adapter trains; None: a new one does, a saved one does not.
+        **hub_options: of the Hub repository of a saved adapter, or else of ``perceiver``:
+            ``revision``, ``token``, ``cache_dir``, ``local_files_only``. The perceiver that a saved
+            adapter names is read by them too, but for the revision.
 
     Returns:
         The wrapped model, on the backbone's device and in its mode.
@@ -76,7 +95,9 @@ def wrap(
         BackboneError: the backbone cannot be run, is compiled, or is wrapped already.
         SiteError: no site matches.
         ConfigError: arguments that contradict each other.
-        CheckpointError: the saved adapter is missing, damaged, or of another backbone.
+        ImageError: the example is no floating-point image.
+        CheckpointError: the saved adapter is missing, damaged, of another backbone, or steered by
+            something else than is here.
 
     Example:
         >>> body = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1)]
@@ -85,28 +106,54 @@ def wrap(
         trainable: ... level and 2 layer sites
     """
     check_backbone(backbone, without_weights=pretrained is not None)
-    values = ValueRange.of(value_range)
-    argument = image_argument(backbone, image_arg)
+    named = perceiver if isinstance(perceiver, (str, os.PathLike)) else None
+    check_options(hub_options, "wrap", pretrained or named)
+    values = None if value_range is None else ValueRange.of(value_range)
+    argument = None if image_arg is None else image_argument(backbone, image_arg)
     if pretrained is not None:
         if sites is not None or config is not None:
             raise ConfigError(
                 "a saved adapter brings its own sites and config; leave out sites= and config=, "
                 "or leave out the adapter"
             )
-        return _load(backbone, pretrained, perceiver, argument, values, bool(is_trainable))
+        file = read_adapter(pretrained, backbone, **hub_options)
+        found, name = _saved_perceiver(file, perceiver, hub_options)
+        model = _assemble(
+            backbone,
+            file.injector,
+            bool(is_trainable),
+            perceiver=found,
+            perceiver_name=name,
+            semantic=_saved_semantic(file, semantic_weights),
+            image_arg=agree(
+                "image_arg", argument, (file.record.image_position, file.record.image_name)
+            ),
+            value_range=agree("value_range", values, file.record.value_range),
+        )
+        load_unfrozen(model, file, is_trainable=bool(is_trainable))
+        return model
+    if semantic_weights is not None:
+        raise ConfigError(
+            "semantic_weights= is for a saved adapter; name those of a new one in "
+            "config=AdapterConfig(semantic=..., semantic_weights=...)"
+        )
     if config is not None and not isinstance(config, AdapterConfig):
         raise ConfigError(
             f"config is a {type(config).__name__}; expected an AdapterConfig, such as "
             "AdapterConfig(rank=4)"
         )
     config = config or AdapterConfig()
+    if config.semantic_weights is not None:  # to be found from another folder too
+        config = dataclasses.replace(
+            config, semantic_weights=os.path.abspath(config.semantic_weights)
+        )
     by_default = perceiver is None and config.sources is None
     if by_default:
         perceiver = DEFAULT_PERCEIVER
-    found = _load_perceiver(perceiver)
+    found = _load_perceiver(perceiver, hub_options)
     semantic = _build_semantic(config)
     given, config = config, _with_sources(config, found, semantic)
-    where = {"sites": sites, "example": example, "image_arg": image_arg}
+    where = {"sites": sites, "example": example, "image_arg": 0 if image_arg is None else image_arg}
     plan = plan_sites(backbone, config=config, **where)
     if by_default and plan.image_channels not in (1, 3):  # which the perceiver cannot see
         found = perceiver = None
@@ -125,55 +172,39 @@ def wrap(
         perceiver=found,
         perceiver_name=_name_of(perceiver),
         semantic=semantic,
-        image_arg=argument,
-        value_range=values,
+        image_arg=argument or image_argument(backbone, 0),
+        value_range=values or ValueRange(),
     )
 
 
-def _load(
-    backbone: nn.Module,
-    pretrained: str | os.PathLike[str],
-    perceiver: PerceiverLike,
-    image_arg: tuple[int | None, str | None],
-    value_range: ValueRange,
-    is_trainable: bool,
-) -> PerceiveModel:
-    file = read_adapter(pretrained, backbone)
-    record = file.record
-    found = name = None
-    if record.perceiver is None:
-        if perceiver is not None and perceiver is not False:
+def _saved_perceiver(
+    file: AdapterFile, given: PerceiverLike, options: HubOptions
+) -> tuple[QualityPerceiver | None, str | None]:
+    """Load the perceiver that a saved adapter was trained with, and give its name."""
+    saved = file.record.perceiver
+    if saved is None:
+        if given is not None and given is not False:
             raise ConfigError(
-                f"{pretrained} was trained without a perceiver, so perceiver= would steer nothing; "
+                f"{file.where} was trained without a perceiver, so perceiver= would steer nothing; "
                 "leave it out"
             )
-    else:
-        given = record.perceiver.name if perceiver is None else perceiver
-        found, name = _load_perceiver(given or None), _name_of(given or None)
-        if found is None or found.fingerprint() != record.perceiver.fingerprint:
-            raise AdapterMismatchError(
-                f"{pretrained} is steered by the perceiver {record.perceiver.name or ''} with "
-                f"fingerprint {record.perceiver.fingerprint[:16]}, and "
-                f"{'none' if found is None else 'another one'} was given; give that one as "
-                "perceiver=..."
-            )
-    model = _assemble(
-        backbone,
-        file.injector,
-        is_trainable,
-        perceiver=found,
-        perceiver_name=name,
-        semantic=_saved_semantic(record.config, pretrained),
-        image_arg=agree(
-            "image_arg",
-            image_arg,
-            image_argument(backbone, 0),
-            (record.image_position, record.image_name),
-        ),
-        value_range=agree("value_range", value_range, ValueRange(), record.value_range),
-    )
-    load_unfrozen(model, file, is_trainable=is_trainable)
-    return model
+        return None, None
+    if given is None and saved.name and not _is_lost(saved.name):
+        given = saved.name
+    own: Any = {name: value for name, value in options.items() if name != "revision"}
+    found = _load_perceiver(given, own)
+    if found is None or found.fingerprint() != saved.fingerprint:
+        state = "another one was given" if found is not None else "it is not here"
+        raise AdapterMismatchError(
+            f"{file.where} is steered by the perceiver {saved.name or ''} with fingerprint "
+            f"{saved.fingerprint[:16]}, and {state}; give that one as perceiver=..."
+        )
+    return found, _name_of(given)
+
+
+def _is_lost(name: str) -> bool:
+    """Whether a perceiver was in a folder that is not there."""
+    return os.path.isabs(name) and not os.path.isdir(name)
 
 
 def _assemble(
@@ -195,7 +226,7 @@ def _assemble(
     return PerceiveModel(backbone, injector, **options)
 
 
-def _load_perceiver(perceiver: PerceiverLike) -> QualityPerceiver | None:
+def _load_perceiver(perceiver: PerceiverLike, options: HubOptions) -> QualityPerceiver | None:
     """Return the perceiver that ``wrap`` was given, loaded where it is a name."""
     if perceiver is None or perceiver is False:
         return None
@@ -204,7 +235,7 @@ def _load_perceiver(perceiver: PerceiverLike) -> QualityPerceiver | None:
     if perceiver == DEFAULT_PERCEIVER:
         return copy.deepcopy(_default_perceiver())  # models may live on different devices
     if isinstance(perceiver, (str, os.PathLike)):
-        return QualityPerceiver.from_pretrained(perceiver)
+        return QualityPerceiver.from_pretrained(perceiver, **options)
     raise ConfigError(
         f"perceiver is a {type(perceiver).__name__}; expected a QualityPerceiver, a folder, a Hub "
         "repository, None or False"
@@ -217,7 +248,12 @@ def _default_perceiver() -> QualityPerceiver:
 
 
 def _name_of(perceiver: PerceiverLike) -> str | None:
-    return os.fspath(perceiver) if isinstance(perceiver, (str, os.PathLike)) else None
+    """By what to find a perceiver again, from whatever folder."""
+    if not isinstance(perceiver, (str, os.PathLike)):
+        return None
+    name = os.fspath(perceiver)
+    is_folder = perceiver not in BUNDLED and os.path.isdir(name)
+    return os.path.abspath(name) if is_folder else name
 
 
 def _build_semantic(config: AdapterConfig) -> SemanticGuidance | None:
@@ -227,12 +263,35 @@ def _build_semantic(config: AdapterConfig) -> SemanticGuidance | None:
 
 
 def _saved_semantic(
-    config: AdapterConfig, pretrained: str | os.PathLike[str]
+    file: AdapterFile, weights: str | os.PathLike[str] | None
 ) -> SemanticGuidance | None:
+    """Load the semantic model that a saved adapter was trained with.
+
+    Args:
+        file: the adapter; its config takes over ``weights``.
+        weights: file in place of the one that was there when it was trained.
+    """
+    injector, saved = file.injector, file.record.semantic
+    if weights is not None:
+        if injector.config.semantic is None:
+            raise ConfigError(
+                f"{file.where} was trained without a semantic model, so semantic_weights= would "
+                "steer nothing; leave it out"
+            )
+        injector.config = dataclasses.replace(
+            injector.config, semantic_weights=os.path.abspath(weights)
+        )
     try:
-        return _build_semantic(config)
+        semantic = _build_semantic(injector.config)
     except ConfigError as error:
-        raise CheckpointError(f"{pretrained}: {error}") from error
+        raise CheckpointError(f"{file.where}: {error}") from error
+    if semantic is not None and saved not in (None, fingerprint(semantic.tower)):
+        raise AdapterMismatchError(
+            f"{file.where} is steered by {injector.config.semantic} with weights of the "
+            f"fingerprint {saved[:16]}, and others are here; give the safetensors file that they "
+            "are in as semantic_weights="
+        )
+    return semantic
 
 
 def _with_sources(

@@ -1,7 +1,8 @@
 """Training objectives of stage 2: difficulty-adaptive, CLIP-aware, contrastive, and their sum.
 
-Every loss takes RGB images in [0, 1] of shape (B, 3, H, W) (gray ones of one channel are
-repeated) and returns a scalar. Method: Perceive-IR, IEEE TIP 2025, arXiv 2408.15994.
+Losses of images take RGB in [0, 1] of shape (B, 3, H, W) (gray images of one channel are repeated)
+and return a scalar; the contrastive loss takes vectors, and the objective gives its terms beside
+their sum. Method: Perceive-IR, IEEE TIP 2025, arXiv 2408.15994.
 """
 
 from perceive_adapter.losses.clip_aware import ClipAwareLoss

@@ -268,8 +268,9 @@ class QualityPerceiver(nn.Module):
     def fingerprint(self) -> str:
         """Return the SHA-256 of what decides a score, in 64 hexadecimal digits.
 
-        It covers the prompts and both towers in their present dtype, the tiers and the views, and
-        reads all weights: about a second for a ViT-B/32.
+        It covers the prompts, the heads and both towers in their present dtype, the CLIP's name or
+        arguments, the names of tiers and degradations, and the views. It reads all weights: about a
+        second for a ViT-B/32.
         """
         return saving.fingerprint(self)
 

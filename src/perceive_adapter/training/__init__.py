@@ -1,1 +1,1 @@
-"""Training: the perceiver's towers and stage 1."""
+"""Training: the perceiver's towers, stage 1, and stage 2, that of an adapter."""

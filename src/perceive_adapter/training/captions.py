@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.data import KINDS
+from perceive_adapter.data.samples import integer_below
 
 __all__ = ["WORDS", "grades", "qualities", "write_captions", "write_quality_captions"]
 
@@ -73,7 +74,7 @@ def _caption(graded: Sequence[int], quality: int, generator: torch.Generator) ->
     present = [index for index, grade in enumerate(graded) if grade]
     if not present:
         return _plain(quality, generator)
-    rated = _integer(4, generator) == 0
+    rated = integer_below(4, generator) == 0
     start = _plain(quality, generator) if rated else f"a {_choose(_NOUNS, generator)}"
     order = torch.randperm(len(present), generator=generator).tolist()
     parts = [
@@ -88,8 +89,4 @@ def _plain(quality: int, generator: torch.Generator) -> str:
 
 
 def _choose(options: Sequence[str], generator: torch.Generator) -> str:
-    return options[_integer(len(options), generator)]
-
-
-def _integer(limit: int, generator: torch.Generator) -> int:
-    return int(torch.randint(limit, (), generator=generator))
+    return options[integer_below(len(options), generator)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Final
 
 from perceive_adapter.data.contents import content_digest
 from perceive_adapter.errors import CheckpointError, ConfigError
+from perceive_adapter.folders import replace_file
 from perceive_adapter.training.checkpoints import REMEDY, check_settings
 
 __all__ = ["Split", "audit_elsewhere", "claim_folder", "split_photos", "write_json"]
@@ -119,9 +119,7 @@ def claim_folder(out: Path, options: Mapping[str, Any]) -> Path:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file beside the old one and move it into place."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, file)
+    replace_file(file, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _check_same(record: Path, options: Mapping[str, Any]) -> None:
