@@ -4,7 +4,8 @@
 
 `photos/` holds clean photographs, which are degraded while they are drawn. The adapter works where
 it perceives what the network cannot undo by itself, and leaves the network alone otherwise.
-`perceive-adapter finetune` does the same, and takes pairs of files too.
+`perceive-adapter finetune` does the same and more: it takes pairs of files too, sets some images aside,
+and measures the network alone and wrapped on them.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from perceive_adapter.data.samples import CropSampler, load_photos
 from perceive_adapter.training.stage2 import ADAPTER, train_restoration
 from perceive_adapter.training.treated import find_treated
 
-TASKS = ("gaussian_noise", "rain", "haze", "low_light", "jpeg", "motion_blur")
+TASKS = ("gaussian_noise", "rain", "haze", "low_light")
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     backbone = ModelLoader(device="cpu").load_from_file(arguments.weights).model
     model = wrap(backbone)
 
-    photos = CropSampler(load_photos(find_photos(arguments.data), largest=2000))
+    photos = CropSampler(load_photos(find_photos(arguments.data)))
     side = arguments.side
     data = RestorationData([CleanPhotos(photos, TASKS)], context=side, patch=side // 2)
     model.treat(*find_treated(model, data))

@@ -76,8 +76,8 @@ def needs(*modules: str, extra: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
-            f"{' and '.join(missing)} not installed: pip install "
-            f'"perceive-adapter[{extra}]", or that alone.'
+            f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}, or "
+            f"perceive_adapter anew with its extra {extra!r}, which brings all that commands need."
         )
 
 
