@@ -118,20 +118,9 @@ def wrap(
             )
         file = read_adapter(pretrained, backbone, **hub_options)
         found, name = _saved_perceiver(file, perceiver, hub_options)
-        model = _assemble(
-            backbone,
-            file.injector,
-            bool(is_trainable),
-            perceiver=found,
-            perceiver_name=name,
-            semantic=_saved_semantic(file, semantic_weights),
-            image_arg=agree(
-                "image_arg", argument, (file.record.image_position, file.record.image_name)
-            ),
-            value_range=agree("value_range", values, file.record.value_range),
-        )
-        load_unfrozen(model, file, is_trainable=bool(is_trainable))
-        return model
+        semantic = _saved_semantic(file, semantic_weights)
+        steering = {"perceiver": found, "perceiver_name": name, "semantic": semantic}
+        return _load(backbone, file, argument, values, bool(is_trainable), **steering)
     if semantic_weights is not None:
         raise ConfigError(
             "semantic_weights= is for a saved adapter; name those of a new one in "
@@ -175,6 +164,28 @@ def wrap(
         image_arg=argument or image_argument(backbone, 0),
         value_range=values or ValueRange(),
     )
+
+
+def _load(
+    backbone: nn.Module,
+    file: AdapterFile,
+    image_arg: tuple[int | None, str | None] | None,
+    value_range: ValueRange | None,
+    is_trainable: bool,
+    **steering: Any,
+) -> PerceiveModel:
+    """Build the model of a saved adapter, which knows what is not given."""
+    saved = file.record
+    model = _assemble(
+        backbone,
+        file.injector,
+        is_trainable,
+        image_arg=agree("image_arg", image_arg, (saved.image_position, saved.image_name)),
+        value_range=agree("value_range", value_range, saved.value_range),
+        **steering,
+    )
+    load_unfrozen(model, file, is_trainable=is_trainable)
+    return model
 
 
 def _saved_perceiver(
