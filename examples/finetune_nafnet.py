@@ -4,8 +4,8 @@
 
 `photos/` holds clean photographs, which are degraded while they are drawn. The adapter works where
 it perceives what the network cannot undo by itself, and leaves the network alone otherwise.
-`perceive-adapter finetune` does the same and more: it takes pairs of files too, sets some images aside,
-and measures the network alone and wrapped on them.
+`perceive-adapter finetune` does the same and more: it takes pairs of files too, sets some images
+aside, and measures the network alone and wrapped on them.
 """
 
 import argparse
