@@ -363,7 +363,14 @@ def test_training_from_the_towers_of_another(
 ) -> None:
     """They are moved a little, and no other's run is taken for this one."""
     start, _ = uninterrupted
+    unseen = tmp_path / "unseen"
+    unseen.mkdir()
+    Image.fromarray(skimage.data.coins()[:96, :96]).save(unseen / "coins.png")
+    tmp_path /= "out"
     options = ["--data", photos, "--out", tmp_path, *KILLED]
+    assert train(*options, "--start-from", start) == 2
+    assert "Name photographs that it never saw" in capsys.readouterr().err
+    options += ["--audit-data", unseen]
     assert train(*options, "--start-from", start) == 0
     before, after = (load_file(folder / WEIGHTS) for folder in (start, tmp_path))
     name = "towers.visual.trunk.stages.0.0.weight"

@@ -154,7 +154,10 @@ def test_options_of_an_adapter(hub: HubServer, tmp_path: Path) -> None:
     Perceiver().make(0).push_to_hub("user/eye", token=TOKEN, private=True)
     with pytest.raises(CheckpointError, match="401"):
         wrap(net(), perceiver="user/eye")
-    model = wrap(net(), perceiver="user/eye", token=TOKEN)
+    hub.tags["user/eye", "v1"] = dict(hub.repos["user/eye"])
+    model = wrap(net(), perceiver="user/eye", token=TOKEN, revision="v1")
+    assert model.perceiver_name == "user/eye@v1"
+    Perceiver().make(1).push_to_hub("user/eye", token=TOKEN)
     model.push_to_hub(REPO, token=TOKEN, private=True, figures={"images": 3})
     hub.tags[REPO, "v1"] = dict(hub.repos[REPO])
     with pytest.raises(CheckpointError, match="401"):
@@ -172,6 +175,7 @@ def test_options_of_an_adapter(hub: HubServer, tmp_path: Path) -> None:
             call(net(), token=TOKEN)
         with pytest.raises(TypeError, match="unexpected keyword argument 'tokens'"):
             call(net(), tokens=TOKEN)
+    wrap(net(), token=None, local_files_only=False)
 
 
 def test_no_path_of_this_machine_is_pushed(hub: HubServer, tmp_path: Path) -> None:

@@ -48,9 +48,10 @@ def check_options(options: HubOptions, function: str, pretrained: object) -> Non
     """
     if unknown := [name for name in options if name not in HubOptions.__annotations__]:
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
-    if options and pretrained is None:
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if given and pretrained is None:
         raise ConfigError(
-            f"{', '.join(options)} of no Hub repository: name the one that is to be read, or leave "
+            f"{', '.join(given)} of no Hub repository: name the one that is to be read, or leave "
             "it out"
         )
 

@@ -384,6 +384,10 @@ def test_a_perceiver_is_found_from_another_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert torch.equal(wrap(net(), tmp_path / "adapter")(IMAGE), model(IMAGE))
     shutil.move(tmp_path / "perceiver", tmp_path / "moved")
+    perceiver(seed=1).save_pretrained(tmp_path / "perceiver")
+    with pytest.raises(AdapterMismatchError, match="another one is there now"):
+        wrap(net(), tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "perceiver")
     with pytest.raises(AdapterMismatchError, match=r"is not here; give that one as perceiver="):
         wrap(net(), tmp_path / "adapter")
     loaded = wrap(net(), tmp_path / "adapter", perceiver=tmp_path / "moved")
@@ -410,9 +414,16 @@ def test_a_semantic_model_is_the_one_of_the_training(weights: Path, tmp_path: Pa
     loaded = wrap(net(), tmp_path / "adapter", semantic_weights=moved_to)
     assert torch.equal(loaded(IMAGE), model(IMAGE))
     loaded.add_adapter("same", tmp_path / "adapter")
+    loaded.set_adapter("same")
     loaded.hotswap_adapter(tmp_path / "adapter")
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(wrap(net(), tmp_path / "again")(IMAGE), model(IMAGE))
+    backbone = net()
+    torch.set_default_dtype(torch.float64)
+    try:
+        wrap(backbone, tmp_path / "again")
+    finally:
+        torch.set_default_dtype(torch.float32)
     save_file({k: v + 0.1 for k, v in load_file(moved_to).items()}, weights)
     for give in ({}, {"semantic_weights": weights}):
         with pytest.raises(AdapterMismatchError, match=r"fingerprint .*, and others are here"):

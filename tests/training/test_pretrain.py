@@ -73,6 +73,8 @@ def test_the_seed_decides() -> None:
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     settings = {"schedule": Schedule(1, 1e-3), "checkpoint": tmp_path / "pretrain.pt"}
     pretrain(photos(), **settings)
+    written = torch.load(tmp_path / "pretrain.pt", weights_only=True)["settings"]
+    assert {"sizes", "triplets"} <= written.keys()
     with pytest.raises(CheckpointError, match=r"seed=0: expected seed=1"):
         pretrain(photos(), seed=1, **settings)
     with pytest.raises(CheckpointError, match=r"photographs='\w+': expected photographs="):

@@ -59,7 +59,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--start-from",
         metavar="NAME_OR_DIR",
         help="with --clip perceive-tiny, the perceiver whose towers are trained further: "
-        "perceive-tiny itself, or what such a command saved (default: towers from scratch)",
+        "perceive-tiny itself, or what such a command saved, with --audit-data (default: towers "
+        "from scratch)",
     )
     add(
         "--medium",

@@ -69,6 +69,7 @@ def make_plan(arguments: Namespace) -> Plan:
     Raises:
         ConfigError: they contradict each other.
     """
+    from perceive_adapter.perceiver.bundled import BUNDLED
     from perceive_adapter.training import pretrain, restorers
     from perceive_adapter.training.stage1 import PAPER, TINY
 
@@ -82,6 +83,11 @@ def make_plan(arguments: Namespace) -> Plan:
         raise ConfigError(
             f"--start-from is for --clip {TINY_NAME}, whose towers are trained: those of "
             f"{arguments.clip} are not. Leave it out."
+        )
+    if arguments.start_from not in (None, *BUNDLED) and arguments.audit_data is None:
+        raise ConfigError(
+            f"--start-from {arguments.start_from} without --audit-data: what is set aside of "
+            "--data may be what that run was trained on. Name photographs that it never saw."
         )
     if arguments.workers and not tiny:
         raise ConfigError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from perceive_adapter import hub
 from perceive_adapter._version import __version__
@@ -29,8 +30,6 @@ from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.plan import Site, SitePlan
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from perceive_adapter.injection.model import PerceiveModel
 
 __all__ = [

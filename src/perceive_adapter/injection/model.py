@@ -7,10 +7,11 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from perceive_adapter.errors import (
     BackboneError,
@@ -32,9 +33,6 @@ from perceive_adapter.injection.restore import Image, find_multiple, restore_ima
 from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.injection.status import AdapterStatus
 from perceive_adapter.perceiver.quality import QualityPerceiver
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["PerceiveModel"]
 
@@ -461,6 +459,9 @@ class PerceiveModel(nn.Module):
             adapter = PromptInjector(self.sites, config)
         elif not isinstance(adapter, PromptInjector):
             adapter = read_beside(self, adapter, **hub_options).injector
+            if adapter.config.semantic is not None:  # whose weights are where this model's are
+                here = self.injector.config.semantic_weights
+                adapter.config = dataclasses.replace(adapter.config, semantic_weights=here)
             trains = self.adapters.trains
         like = next(self.injector.parameters())
         with self._in_turn():

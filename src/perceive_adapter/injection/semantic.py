@@ -38,7 +38,7 @@ class SemanticGuidance(nn.Module):
 
     def __init__(self, model: str, weights: str | None = None) -> None:
         super().__init__()
-        self.tower = _load(model, weights)
+        self.tower = _load(model, weights).float()  # timm builds in torch's default dtype
         self.tower.requires_grad_(False).eval()
         config: dict[str, Any] = self.tower.pretrained_cfg
         self.size = int(config["input_size"][-1])
@@ -46,7 +46,7 @@ class SemanticGuidance(nn.Module):
         self.depths = [max(1, round(blocks * depth)) - 1 for depth in DEPTHS]
         self.prefixed = bool(getattr(self.tower, "num_prefix_tokens", 0)) and blocks >= len(DEPTHS)
         for name in ("mean", "std"):
-            values = torch.tensor(config[name]).view(1, 3, 1, 1)
+            values = torch.tensor(config[name], dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self.mean: Tensor
         self.std: Tensor

@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from typing import Any, Literal, TypeAlias, Union
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import AdapterMismatchError, CheckpointError, ConfigError
@@ -30,9 +31,6 @@ from perceive_adapter.injection.probe import image_argument
 from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.perceiver.bundled import BUNDLED
 from perceive_adapter.perceiver.quality import QualityPerceiver
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["wrap"]
 
@@ -159,7 +157,7 @@ def wrap(
         PromptInjector(plan, config),
         is_trainable is not False,
         perceiver=found,
-        perceiver_name=_name_of(perceiver),
+        perceiver_name=_name_of(perceiver, hub_options.get("revision")),
         semantic=semantic,
         image_arg=argument or image_argument(backbone, 0),
         value_range=values or ValueRange(),
@@ -200,12 +198,12 @@ def _saved_perceiver(
                 "leave it out"
             )
         return None, None
+    state = "it is not here" if given is None or given is False else "another one was given"
     if given is None and saved.name and not _is_lost(saved.name):
-        given = saved.name
+        given, state = saved.name, "another one is there now"
     own: Any = {name: value for name, value in options.items() if name != "revision"}
     found = _load_perceiver(given, own)
     if found is None or found.fingerprint() != saved.fingerprint:
-        state = "another one was given" if found is not None else "it is not here"
         raise AdapterMismatchError(
             f"{file.where} is steered by the perceiver {saved.name or ''} with fingerprint "
             f"{saved.fingerprint[:16]}, and {state}; give that one as perceiver=..."
@@ -258,13 +256,16 @@ def _default_perceiver() -> QualityPerceiver:
     return QualityPerceiver.from_pretrained(DEFAULT_PERCEIVER)
 
 
-def _name_of(perceiver: PerceiverLike) -> str | None:
+def _name_of(perceiver: PerceiverLike, revision: str | None = None) -> str | None:
     """By what to find a perceiver again, from whatever folder."""
     if not isinstance(perceiver, (str, os.PathLike)):
         return None
     name = os.fspath(perceiver)
-    is_folder = perceiver not in BUNDLED and os.path.isdir(name)
-    return os.path.abspath(name) if is_folder else name
+    if perceiver in BUNDLED:
+        return name
+    if os.path.isdir(name):
+        return os.path.abspath(name)
+    return name if revision is None or "@" in name else f"{name}@{revision}"
 
 
 def _build_semantic(config: AdapterConfig) -> SemanticGuidance | None:

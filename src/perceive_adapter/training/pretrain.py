@@ -74,6 +74,7 @@ FROM_OTHERS: Final = Schedule(
 )
 _TIERS: Final = 3
 _RATED: Final = 2.0  # weight of the captions of quality
+_TRIPLETS: Final = 0.5  # share of the images that belong to triplets
 _BLENDED: Final = 0.15  # share of the images that are half restored
 _DARK: Final = 0.04  # share of the crops that are dark scenes, more than there are in albums
 _SIZES: Final = ((64, 128), (96, 64), (64, 128), (128, 40), (64, 128), (192, 20))
@@ -218,7 +219,7 @@ def draw_batch(
     The others are triplets as stage 1 sees them: a damaged image, one half restored, a clean one.
     What stage 1 has to tell apart, the towers must have kept apart.
     """
-    scenes = count // 6
+    scenes = int(count * _TRIPLETS / _TIERS)
     photos = sampler.draw(count - 2 * scenes, with_surroundings(side), generator)
     alone = degrade_each(
         photos[scenes:], draw_severities(len(photos) - scenes, generator), generator
@@ -297,7 +298,8 @@ def pretrain(
     schedule = schedule or (FROM_SCRATCH if start is None else FROM_OTHERS)
     sampler = CropSampler(photos, dark=_DARK)
     towers = TinyTowers(seed, start).train()
-    settings = {"seed": seed, "photographs": photos_digest(sampler)}
+    settings: dict[str, Any] = {"seed": seed, "photographs": photos_digest(sampler)}
+    settings |= {"sizes": _SIZES, "triplets": _TRIPLETS}
     if start is not None:
         settings["start"] = start.fingerprint()
     towers.to(device).to(memory_format=torch.channels_last)
