@@ -145,19 +145,16 @@ def run(arguments: Namespace) -> int:
         split = split_photos(paths, arguments.seed)
     else:
         split = audit_elsewhere(paths, find_photos(arguments.audit_data))
-    start = _start(arguments)
-    perceiver = _create(
-        arguments, plan, start
-    )  # options that cannot work are found before training
+    perceiver = _create(arguments, plan)  # options that cannot work are found before training
     _say(
         f"{len(split.trained)} photographs to train on, in two folds, and "
         f"{len(split.audit)} others for the audit."
     )
     held_out = load_photos(split.audit, largest=_LARGEST)
     photos = load_photos(split.trained, largest=_LARGEST)
-    checkpoints = claim_folder(arguments.out, options_of(arguments, plan, split.digest, start))
+    checkpoints = claim_folder(arguments.out, options_of(arguments, plan, split.digest))
     if plan.pretrain is not None:
-        perceiver = _create(arguments, plan, start, photos, checkpoints)
+        perceiver = _create(arguments, plan, photos, checkpoints)
     folds = [CropSampler(photos[fold::2], dark=_DARK) for fold in range(2)]
     medium = _medium(arguments, plan, folds, checkpoints)
     train_perceiver(
@@ -168,8 +165,7 @@ def run(arguments: Namespace) -> int:
         checkpoint=checkpoints / "stage1.pt",
         every=arguments.checkpoint_every,
     )
-    facts = facts_of(arguments, plan, split, start)
-    _audit(arguments, perceiver.cpu(), held_out, medium, split, facts)
+    _audit(arguments, perceiver.cpu(), held_out, medium, split, facts_of(arguments, plan, split))
     return 0
 
 
@@ -194,19 +190,9 @@ def _audit(
     print(f"\nSaved in {str(arguments.out)!r}.")
 
 
-def _start(arguments: Namespace) -> QualityPerceiver | None:
-    """Load the perceiver whose towers are to be trained further."""
-    from perceive_adapter.perceiver import QualityPerceiver
-
-    if arguments.start_from is None:
-        return None
-    return QualityPerceiver.from_pretrained(arguments.start_from)
-
-
 def _create(
     arguments: Namespace,
     plan: Plan,
-    start: QualityPerceiver | None,
     photos: Sequence[Tensor] = (),
     checkpoints: Path | None = None,
 ) -> QualityPerceiver:
@@ -224,10 +210,10 @@ def _create(
     if plan.pretrain is None:
         return QualityPerceiver.create(arguments.clip, arguments.pretrained, **prompts)
     if checkpoints is None:
-        return as_perceiver(TinyTowers(arguments.seed, start), **prompts)
+        return as_perceiver(TinyTowers(arguments.seed, plan.start), **prompts)
     towers = pretrain(
         photos,
-        start=start,
+        start=plan.start,
         schedule=plan.pretrain,
         seed=arguments.seed,
         checkpoint=checkpoints / "pretrain.pt",

@@ -26,11 +26,11 @@ class Plan(NamedTuple):
     stage1: Stage1
     restorers: Schedule
     pretrain: Schedule | None
+    start: QualityPerceiver | None
+    """Whose towers are trained further, None for towers from scratch."""
 
 
-def facts_of(
-    arguments: Namespace, plan: Plan, split: Split, start: QualityPerceiver | None
-) -> dict[str, float | str]:
+def facts_of(arguments: Namespace, plan: Plan, split: Split) -> dict[str, float | str]:
     """Say how the perceiver came about, for the model card."""
     import torch
 
@@ -48,7 +48,7 @@ def facts_of(
         "versions": f"perceive_adapter {__version__}, torch {torch.__version__}",
     }
     if plan.pretrain is not None:
-        facts["towers"] = f"{_told(plan.pretrain)}, contrastively, {_origin(start)}"
+        facts["towers"] = f"{_told(plan.pretrain)}, contrastively, {_origin(plan.start)}"
     return facts
 
 
@@ -64,11 +64,13 @@ def _told(schedule: Schedule) -> str:
 
 
 def make_plan(arguments: Namespace) -> Plan:
-    """Put the options into the recipes.
+    """Put the options into the recipes, and load the perceiver to start from.
 
     Raises:
         ConfigError: they contradict each other.
+        CheckpointError: the perceiver to start from is missing or damaged.
     """
+    from perceive_adapter.perceiver import QualityPerceiver
     from perceive_adapter.perceiver.bundled import BUNDLED
     from perceive_adapter.training import pretrain, restorers
     from perceive_adapter.training.stage1 import PAPER, TINY
@@ -117,11 +119,15 @@ def make_plan(arguments: Namespace) -> Plan:
         sides=tuple(arguments.sides or recipe.sides),
         seed=arguments.seed,
     )
-    towers = pretrain.FROM_SCRATCH if arguments.start_from is None else pretrain.FROM_OTHERS
+    start, towers = None, pretrain.FROM_SCRATCH
+    if arguments.start_from is not None:
+        start = QualityPerceiver.from_pretrained(arguments.start_from)
+        towers = pretrain.FROM_OTHERS
     return Plan(
         stage1,
         _lasting(restorers.SCHEDULE, arguments.restorer_steps),
         _lasting(towers, arguments.pretrain_steps) if tiny else None,
+        start,
     )
 
 
@@ -129,15 +135,13 @@ def _lasting(schedule: Schedule, steps: int | None) -> Schedule:
     return schedule if steps is None else schedule.lasting(steps)
 
 
-def options_of(
-    arguments: Namespace, plan: Plan, photos: str, start: QualityPerceiver | None
-) -> dict[str, Any]:
+def options_of(arguments: Namespace, plan: Plan, photos: str) -> dict[str, Any]:
     """What decides the weights: a run with other values is another run."""
     tiny = plan.pretrain is not None
     return {
         "clip": arguments.clip,
         "pretrained": None if tiny else arguments.pretrained,
-        "start": start.fingerprint() if start is not None else None,
+        "start": plan.start.fingerprint() if plan.start is not None else None,
         "medium": arguments.medium,
         "words": arguments.words,
         "context_length": arguments.context_length,
