@@ -120,7 +120,9 @@ def _steered(
     """Have all tiles of an image share one perception; the bare backbone needs none."""
     if not model.injector.enabled:
         return nullcontext()
-    return model.fold(perception or model.perceive(_network_input(model, image)))
+    if perception is None:
+        perception = model.perceive(_network_input(model, image))
+    return model.fold(perception)
 
 
 def _tile_side(model: PerceiveModel, tile: int, overlap: int, align: int) -> int:
