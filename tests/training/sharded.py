@@ -1,4 +1,4 @@
-"""Trains, saves and reloads an adapter whose parameters FSDP2 shards; run by torchrun."""
+"""Trains, saves, pushes and reloads an adapter whose parameters FSDP2 shards; run by torchrun."""
 
 import sys
 from pathlib import Path
@@ -36,6 +36,8 @@ def main(out: Path) -> None:
     with torch.no_grad():
         trained = wrapped(probe.degraded)
     wrapped.save_pretrained(out)
+    pushed = wrapped.push_to_hub("user/sharded", token=True)
+    assert (pushed is not None) == (dist.get_rank() == 0)
     dist.barrier()
     reloaded = wrap(model().unwrap(), out)
     with torch.no_grad():

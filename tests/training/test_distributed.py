@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import TOKEN, HubServer
 from restoring import FULL, Recording, data, model, recipe
 
 from perceive_adapter.training.stage2 import train_restoration
@@ -64,8 +65,15 @@ def test_two_processes_go_on_after_a_kill_as_one_would(tmp_path: Path) -> None:
 
 
 @pytest.mark.newer_torch("shards on GPUs only")
-def test_a_sharded_adapter_trains_is_saved_and_loads(tmp_path: Path) -> None:
-    launch("sharded.py", str(tmp_path), processes=2)
+def test_a_sharded_adapter_trains_is_saved_pushed_and_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        launch("sharded.py", str(tmp_path), processes=2)
+    assert "adapter_model.safetensors" in hub.repos["user/sharded"]
+    assert sum("/commit/" in path for path in hub.asked) == 1
 
 
 def _train(file: Path, weights: Path) -> None:

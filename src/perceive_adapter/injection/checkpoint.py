@@ -151,7 +151,7 @@ def save_adapter(
     figures: Mapping[str, float | str] | None = None,
     *,
     elsewhere: bool = False,
-) -> None:
+) -> bool:
     """See :meth:`PerceiveModel.save_pretrained`; whoever calls this has the model to itself.
 
     Args:
@@ -159,6 +159,9 @@ def save_adapter(
         folder: made if it does not exist.
         figures: what was measured, for the model card.
         elsewhere: whether it is to be read on other machines; paths of this one are left out.
+
+    Returns:
+        Whether it was written: of the processes of a sharded model, by the first one alone.
     """
     frozen, config = model.frozen, model.injector.config
     tower, perceiver_name = model.perceiver_fingerprint, model.perceiver_name
@@ -187,7 +190,7 @@ def save_adapter(
     sharded = any(map(is_sharded, tensors.values()))
     tensors = {name: whole(value) for name, value in tensors.items()}  # every process must gather
     if sharded and dist.get_rank() != 0:
-        return
+        return False
     save_folder(
         folder,
         config=to_dict(record),
@@ -196,6 +199,7 @@ def save_adapter(
         tensors_name=TENSORS_NAME,
         card=_card(model, record, figures),
     )
+    return True
 
 
 def read_adapter(

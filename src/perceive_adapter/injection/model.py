@@ -568,8 +568,10 @@ class PerceiveModel(nn.Module):
         *,
         figures: Mapping[str, float | str] | None = None,
         **options: Any,
-    ) -> str:
+    ) -> str | None:
         """Save the active adapter and upload it to the Hugging Face Hub.
+
+        Where FSDP has sharded the model every process must call it, and the first one uploads.
 
         Args:
             repo_id: ``user/name``.
@@ -577,15 +579,16 @@ class PerceiveModel(nn.Module):
             **options: of :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
 
         Returns:
-            What the Hub answers: where the upload can be seen.
+            URL of the commit; None on a process that does not upload.
 
         Raises:
             As :meth:`save_pretrained`, and CheckpointError where the upload fails.
         """
         with tempfile.TemporaryDirectory() as folder:
             with self._in_turn(folded=False):
-                save_adapter(self, folder, figures, elsewhere=True)
-            return push_folder(folder, repo_id, **options)  # meanwhile others may restore
+                written = save_adapter(self, folder, figures, elsewhere=True)
+            # Meanwhile others may restore.
+            return push_folder(folder, repo_id, **options) if written else None
 
     # Helpers
 
