@@ -1,6 +1,10 @@
 """Training: gradients reach every prompt, and nothing but prompts changes."""
 
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +156,42 @@ def test_a_pass_that_is_given_up_does_not_count() -> None:
     loss = _one(model)
     del loss
     torch.testing.assert_close(_gradients(model, _one), expected)
+
+
+def _while_another(model: PerceiveModel, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Run the backward pass while another thread is inside a context of the model's."""
+    loss = _one(model)
+    inside, done = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with context():
+            inside.set()
+            done.wait(60)
+
+    other = threading.Thread(target=stay)
+    other.start()
+    try:
+        assert inside.wait(60)
+        loss.backward()
+    finally:
+        done.set()
+        other.join()
+
+
+@pytest.mark.parametrize("what", ["conditioned", "disabled"])
+def test_activation_checkpointing_while_another_thread_restores(what: str) -> None:
+    expected = _gradients(_checkpointed(False), _one)
+    model = _checkpointed(True)
+    other = partial(model.injector.conditioned, oracle(1, 9))
+    _while_another(model, other if what == "conditioned" else model.disabled)
+    prompts = [*model.injector.levels.parameters(), *model.injector.layers.parameters()]
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in prompts]), expected)
+
+
+def test_activation_checkpointing_while_another_thread_folds_is_refused() -> None:
+    model = _checkpointed(True)
+    with pytest.raises(PerceptionError, match="another thread restores"):
+        _while_another(model, partial(model.fold, oracle(1, 9)))
 
 
 def _unfrozen_alone(checkpointing: bool, sites: str | None = None) -> PerceiveModel:

@@ -66,7 +66,10 @@ class PromptSite(nn.Module):
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: give the module's output, changed by the prompt."""
-        if self._is_folded(module) or (told := self.state.told()) is None:
+        if self._is_folded(module):
+            self.state.check_fold()
+            return None
+        if (told := self.state.told()) is None:
             return None
         source = args[0] if args else output
         known: dict[str, Any] = {}

@@ -92,12 +92,14 @@ class ConditionState:
     """The condition that the hooks of one injector read.
 
     ``armed`` says whether a forward pass that set it is under way, so that the backbone, called by
-    itself, never runs on a stale one.
+    itself, never runs on a stale one; ``thread`` whose it is, since meanwhile the backward pass of
+    another thread may run the hooks again.
     """
 
     def __init__(self) -> None:
         self.enabled = True
         self.armed = False
+        self.thread: int | None = None
         self.passes = Passes()
         self.now: Told | None = None
         self.this: ForwardPass | None = None
@@ -119,9 +121,11 @@ class ConditionState:
         """
         self.now = Told(condition, ready or {}, folded or {}, torch.compiler.is_compiling())
         self.this = None
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self.this = this or self.passes.begin()
-            self.this.told[self] = self.now
+        if not torch.compiler.is_compiling():
+            self.thread = threading.get_ident()
+            if torch.is_grad_enabled():
+                self.this = this or self.passes.begin()
+                self.this.told[self] = self.now
         self.armed = True
 
     def disarm(self) -> None:
@@ -140,7 +144,7 @@ class ConditionState:
         """
         if torch.compiler.is_compiling():
             return self._current()
-        if not self.armed and torch._C._current_graph_task_id() != -1:
+        if self._runs_again():
             return self._again()
         told = self._current()
         if told is not None and _loses_gradient(told.condition):
@@ -152,8 +156,28 @@ class ConditionState:
 
     def hold(self, features: Tensor) -> None:
         """Keep the pass under way for as long as the graph of these features."""
-        if self.this is not None and not torch.compiler.is_compiling():
-            self.this.hold(features)
+        if torch.compiler.is_compiling() or self.this is None or self._runs_again():
+            return
+        self.this.hold(features)
+
+    def check_fold(self) -> None:
+        """Raise where hooks run again while another thread has folded the layers' weights.
+
+        Raises:
+            PerceptionError: so it is.
+        """
+        if not torch.compiler.is_compiling() and self._runs_again():
+            raise PerceptionError(
+                "activation checkpointing runs the network again while another thread restores "
+                "with it, its perception folded into the weights; keep threads that restore from "
+                "a model that trains, or turn checkpointing off"
+            )
+
+    def _runs_again(self) -> bool:
+        """Whether hooks run in a backward pass, and not in one inside the pass under way."""
+        if torch._C._current_graph_task_id() == -1:
+            return False
+        return not self.armed or self.thread != threading.get_ident()
 
     def _again(self) -> Told | None:
         this = self.passes.again()
