@@ -49,6 +49,17 @@ def test_cross_attention_is_softmax_over_channels_of_normalised_queries_and_keys
     torch.testing.assert_close(prompt(features, condition, features), expected)
 
 
+@pytest.mark.parametrize("size", [0.0, 1000.0])
+def test_cross_attention_in_half_precision(size: float) -> None:
+    prompt, condition = level(), torch.rand(1, 17)
+    nn.init.zeros_(prompt.guide.to_scale_shift.weight)  # black features stay black
+    features = size * torch.rand(1, 6, 300, 300)
+    expected = prompt(features, condition, features)
+    half = features.half()
+    found = prompt.half()(half, condition.half(), half)
+    torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=1e-3 * (1 + size))
+
+
 @pytest.mark.parametrize("kind", ["modulation", "cross_attention"])
 def test_layouts_of_one_feature_map_agree(kind: str) -> None:
     config = AdapterConfig(level=kind)

@@ -101,7 +101,7 @@ class ChannelCrossAttention(nn.Module):
         tokens = features.movedim(self.channel_axis, -1).to(dtype)
         query = self._split(self.to_query(guided.movedim(self.channel_axis, -1).to(dtype)))
         key, value = map(self._split, self.to_key_value(tokens).chunk(2, dim=-1))
-        scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-1, -2)
+        scores = _unit(query) @ _unit(key).transpose(-1, -2)
         mixed = (scores * self.temperature).softmax(dim=-1).to(value.dtype) @ value
         mixed = rearrange(mixed, "b h c n -> b n (h c)").reshape(*tokens.shape[:-1], -1)
         attended: Tensor = self.to_out(mixed).movedim(-1, self.channel_axis).to(guided.dtype)
@@ -239,6 +239,11 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 def _linear_in_condition(config: AdapterConfig, outputs: int) -> nn.Linear:
     """A linear map of a condition, whose last column is the bias, scaled by the strength."""
     return nn.Linear(config.condition_dim + 1, outputs, bias=False)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Normalise the last dimension, whose norm half precision can neither hold nor tell from 0."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def _zeroed(layer: M) -> M:
