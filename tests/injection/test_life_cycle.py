@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from torch.nn.utils import prune
 from wrapping import moved, oracle, relative, state, wrapped
 from zoo import CASES
 
-from perceive_adapter import BackboneError, ConfigError, PerceiveModel, SiteError, wrap
+from perceive_adapter import (
+    BackboneError,
+    ConfigError,
+    PerceiveModel,
+    PerceptionError,
+    QualityPerceiver,
+    SiteError,
+    wrap,
+)
 
 IMAGE = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -37,6 +46,58 @@ def test_copies_are_equal_and_independent(case: str, duplicate: Any) -> None:
     assert net is twin.backbone
     assert not any(module._forward_hooks for module in net.modules())
     assert torch.equal(model(IMAGE), expected)
+
+
+@pytest.mark.parametrize("taken", [copy.deepcopy, _pickled, PerceiveModel.state_dict])
+def test_nothing_is_taken_of_folded_weights(taken: Any) -> None:
+    model = wrapped("u_shape")
+    with (
+        model.fold(model.perceive(IMAGE[:1])),
+        pytest.raises(PerceptionError, match="under way already"),
+    ):
+        taken(model)
+    taken(model)
+
+
+@pytest.mark.parametrize("taken", [copy.deepcopy, PerceiveModel.state_dict])
+def test_who_takes_weights_waits_for_a_fold_of_another_thread(taken: Any) -> None:
+    model = wrapped("u_shape")
+    expected = copy.deepcopy(model.state_dict())
+    inside, leave = threading.Event(), threading.Event()
+
+    def restore() -> None:
+        with model.fold(model.perceive(IMAGE[:1])):
+            inside.set()
+            leave.wait(0.3)
+
+    thread = threading.Thread(target=restore)
+    thread.start()
+    assert inside.wait(60)
+    found = taken(model)
+    thread.join()
+    weights = found if isinstance(found, dict) else found.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_backbone_is_left_alone_where_wrapping_is_interrupted(
+    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = wrapped("u_shape")
+    model.save_pretrained(tmp_path)
+    net = model.unwrap()
+    with monkeypatch.context() as patch:
+        if saved:
+            patch.setattr("perceive_adapter.injection.wrap.load_unfrozen", interrupted)
+        else:
+            patch.setattr(QualityPerceiver, "fingerprint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            wrap(net, tmp_path if saved else None)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

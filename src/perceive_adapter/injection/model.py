@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import tempfile
@@ -73,7 +74,6 @@ class PerceiveModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.adapters = AdapterSet(backbone, "default", injector)
         self.perceiver = perceiver
         self.perceiver_name = perceiver_name
         # As it was given: .to(dtype) casts it too, and it is the same perceiver still.
@@ -85,10 +85,11 @@ class PerceiveModel(nn.Module):
         self._multiple: int | None = None
         self._folded: Perception | None = None
         self._compiled = False
-        self.frozen = FrozenBackbone(backbone)
         for tower in (perceiver, semantic):
             if tower is not None:
                 tower.requires_grad_(False).eval()
+        self.adapters = AdapterSet(backbone, "default", injector)  # what may fail came before
+        self.frozen = FrozenBackbone(backbone)
         self.training = backbone.training  # not train(), which would undo an eval() of its parts
         self.adapters.train(backbone.training)
         hold_in_eval(backbone, self.sites.eval_only, training=backbone.training)
@@ -295,15 +296,39 @@ class PerceiveModel(nn.Module):
         """
         with self.adapters.lock:
             self._check_wrapped()
-            if self._folded is not None and not folded:
-                raise PerceptionError("fold() is under way already; leave that context first")
+            if not folded:
+                self._check_unfolded()
             yield self.injector
 
     def _check_wrapped(self) -> None:
         if not self.injector.attached:
             raise BackboneError("this model was unwrapped; wrap the backbone again")
 
+    def _check_unfolded(self) -> None:
+        if self._folded is not None:
+            raise PerceptionError("fold() is under way already; leave that context first")
+
     # State
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights, as any module does; waits for other threads.
+
+        Raises:
+            PerceptionError: a fold is under way, in which the backbone has other weights.
+        """
+        with self.adapters.lock:
+            self._check_unfolded()
+            return super().state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerceiveModel:
+        with self.adapters.lock:
+            copied = memo[id(self)] = type(self).__new__(type(self))
+            copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_unfolded()
+        return self.__dict__.copy()
 
     @property
     def injector(self) -> PromptInjector:

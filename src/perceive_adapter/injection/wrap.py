@@ -182,7 +182,11 @@ def _load(
         value_range=agree("value_range", value_range, saved.value_range),
         **steering,
     )
-    load_unfrozen(model, file, is_trainable=is_trainable)
+    try:
+        load_unfrozen(model, file, is_trainable=is_trainable)
+    except BaseException:
+        model.unwrap()
+        raise
     return model
 
 
