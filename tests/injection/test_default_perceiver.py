@@ -97,6 +97,14 @@ def test_named_sources_are_the_callers_own() -> None:
     assert model(IMAGE, perception=two).shape == IMAGE.shape
 
 
+def test_sources_that_are_told_otherwise_are_refused() -> None:
+    net = zoo.UShape()
+    config = AdapterConfig(sources={"compact": 64, "tiers": 5})
+    with pytest.raises(ConfigError, match="tiers has width 5, and what perceives here tells 3"):
+        wrap(net, config=config, perceiver="perceive-tiny")
+    assert not any(module._forward_hooks for module in net.modules())
+
+
 def test_tiles_share_the_perception_of_the_whole(model: PerceiveModel) -> None:
     photo = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))
     seen = []

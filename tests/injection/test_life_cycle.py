@@ -17,6 +17,7 @@ from zoo import CASES
 from perceive_adapter import (
     BackboneError,
     ConfigError,
+    ImageError,
     PerceiveModel,
     PerceptionError,
     QualityPerceiver,
@@ -46,6 +47,18 @@ def test_copies_are_equal_and_independent(case: str, duplicate: Any) -> None:
     assert net is twin.backbone
     assert not any(module._forward_hooks for module in net.modules())
     assert torch.equal(model(IMAGE), expected)
+
+
+def test_data_parallel_names_the_one_that_works() -> None:
+    replica = wrapped("u_shape")._replicate_for_data_parallel()
+    with pytest.raises(BackboneError, match="DistributedDataParallel"):
+        replica(IMAGE)
+
+
+@pytest.mark.parametrize("call", [PerceiveModel.forward, PerceiveModel.perceive])
+def test_images_on_another_device_are_refused(call: Any) -> None:
+    with pytest.raises(ImageError, match="the image is on meta and the model on cpu"):
+        call(wrapped("u_shape"), IMAGE.to("meta"))
 
 
 @pytest.mark.parametrize("taken", [copy.deepcopy, _pickled, PerceiveModel.state_dict])

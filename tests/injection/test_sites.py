@@ -23,12 +23,14 @@ from perceive_adapter import (
     ImageError,
     Layout,
     PerceiveModel,
+    PerceptionError,
     SiteError,
     SitePlan,
     plan_sites,
     wrap,
 )
 from perceive_adapter.config import from_dict, to_dict
+from perceive_adapter.injection.discovery import dry_run
 
 
 def plan(case: str, seed: int = 0, **options: Any) -> SitePlan:
@@ -356,6 +358,21 @@ def test_a_module_that_is_no_network_is_refused() -> None:
         wrap(zoo.UShape().to("meta"))
 
 
+def test_lazy_modules_are_to_run_once_before() -> None:
+    net = nn.Sequential(nn.LazyConv2d(8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
+    with pytest.raises(BackboneError, match="run it once"):
+        wrap(net)
+    net(torch.rand(1, 3, 8, 8))
+    wrap(net)
+
+
+def test_a_guessed_image_lies_where_the_network_is() -> None:
+    net = zoo.UShape()
+    with torch.device("meta"):
+        example, _ = dry_run(net, None, 0)
+    assert example.image.device == torch.device("cpu")
+
+
 def test_compiled_scripted_and_wrapped_networks_are_refused() -> None:
     in_place = zoo.Isotropic()
     in_place.compile(backend="eager")
@@ -423,6 +440,20 @@ class OneByOne(nn.Module):
 def test_a_network_that_takes_a_batch_apart_is_refused() -> None:
     with pytest.raises(SiteError, match="sees each image of a batch"):
         plan_sites(OneByOne())
+
+
+class InPairs(zoo.Isotropic):
+    """Runs two images at a time."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super(InPairs, self).forward(part) for part in image.split(2)])
+
+
+def test_a_network_that_takes_a_batch_in_parts_says_how_many() -> None:
+    model = wrap(InPairs(), perceiver=False)
+    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 3, 16, 16)
+    with pytest.raises(PerceptionError, match="call with 2 images"):
+        model(torch.rand(4, 3, 16, 16))
 
 
 class Spectral(nn.Module):

@@ -158,7 +158,9 @@ def test_a_pass_that_is_given_up_does_not_count() -> None:
     torch.testing.assert_close(_gradients(model, _one), expected)
 
 
-def _while_another(model: PerceiveModel, context: Callable[[], AbstractContextManager[Any]]) -> None:
+def _while_another(
+    model: PerceiveModel, context: Callable[[], AbstractContextManager[Any]]
+) -> None:
     """Run the backward pass while another thread is inside a context of the model's."""
     loss = _one(model)
     inside, done = threading.Event(), threading.Event()

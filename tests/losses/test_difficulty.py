@@ -423,6 +423,7 @@ GOOD = torch.zeros(2, 3, 8, 8)
         ({"degraded": torch.zeros(1, 3, 8, 8)}, r"degraded has shape \(1, 3, 8, 8\), restored"),
         ({"degraded": torch.zeros(2, 1, 8, 8)}, r"degraded has shape \(2, 1, 8, 8\), restored"),
         ({"degraded": GOOD.to("meta")}, "degraded is on meta, restored is on cpu"),
+        ({"restored": GOOD.to("meta")}, r"the loss is on cpu: call loss.to\('meta'\)"),
         ({"medium": [GOOD, torch.zeros(2, 3, 4, 4)]}, r"medium\[1\] has shape \(2, 3, 4, 4\)"),
         ({"medium": GOOD}, r"sequence of tensors.*one tensor of shape \(2, 3, 8, 8\)"),
         ({"medium": [GOOD], "valid": torch.ones(2)}, r"valid.*shape \(2, 1\).*got \(2,\)"),

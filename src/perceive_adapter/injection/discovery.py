@@ -162,8 +162,9 @@ def _guesses(backbone: nn.Module, image_arg: int | str) -> Iterator[Example]:
     like = weight_like_images(backbone)
     first = [m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)][:1]
     for channels in dict.fromkeys([*(c for c in first if c <= 16), 3, 1, 4]):
-        generator = torch.Generator().manual_seed(0)
-        image = torch.rand(1, channels, PROBE_SIZE, PROBE_SIZE, generator=generator).to(like)
+        generator = torch.Generator("cpu").manual_seed(0)  # whatever torch's default device is
+        size = (1, channels, PROBE_SIZE, PROBE_SIZE)
+        image = torch.rand(size, generator=generator, device="cpu").to(like)
         if isinstance(image_arg, str):
             yield Example((), {image_arg: image}, image_arg)
         elif image_arg == 0:

@@ -345,6 +345,12 @@ def check_backbone(
                     "add_adapter(), or unwrap() it first (of a copy: copy the model, and unwrap "
                     "that)"
                 )
+    tensors = [*backbone.parameters(), *backbone.buffers()]
+    if any(map(torch.nn.parameter.is_lazy, tensors)):
+        raise BackboneError(
+            "the backbone has lazy modules whose shapes are not known yet; run it once on an image "
+            "before it is wrapped"
+        )
     if any(parameter.is_inference() for parameter in backbone.parameters()):
         raise BackboneError(
             "the backbone's weights were made under torch.inference_mode(), where no gradient can "

@@ -109,7 +109,8 @@ class PerceiveModel(nn.Module):
             *args: as the backbone's.
             perception: what is known of the images, made elsewhere; None perceives the image.
             adapter_names: for each image of the batch the adapter that restores it, None for the
-                bare backbone; without the list the active adapter restores all of them.
+                bare backbone; without the list the active adapter restores all of them. A compiled
+                model is compiled anew for each list, so keep to few, sorted ones.
             **kwargs: as the backbone's.
 
         Raises:
@@ -120,6 +121,11 @@ class PerceiveModel(nn.Module):
         """
         if torch.compiler.is_compiling():  # no locks there
             return self._run_traced(perception, adapter_names, args, kwargs)
+        if getattr(self, "_is_replica", False):
+            raise BackboneError(
+                "nn.DataParallel copies the model without its hooks' prompt modules: use "
+                "nn.parallel.DistributedDataParallel, which takes a wrapped network as any other"
+            )
         with self._in_turn() as injector:
             if not injector.enabled:
                 return self.backbone(*args, **kwargs)
@@ -180,10 +186,9 @@ class PerceiveModel(nn.Module):
             the perceiver's outputs and semantic vectors (without).
 
         Raises:
-            ImageError: the image is no floating-point (B, C, H, W) tensor.
+            ImageError: the image is no floating-point (B, C, H, W) tensor on the model's device.
         """
-        image = check_image(image, self.sites.image_channels, "the image")
-        unit = self.value_range.to_unit(image)
+        unit = self.value_range.to_unit(self._checked(image))
         return _completed(self._seen(unit), self.injector, unit)
 
     def _seen(self, unit: Tensor) -> dict[str, Tensor]:
@@ -323,7 +328,7 @@ class PerceiveModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> PerceiveModel:
         with self.adapters.lock:
             copied = memo[id(self)] = type(self).__new__(type(self))
-            copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
             return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -627,7 +632,10 @@ class PerceiveModel(nn.Module):
             raise ImageError(
                 f"the call has no image: expected it at position {position} or as {name!r}"
             )
-        image = check_image(image, self.sites.image_channels, "the image")
+        return self._checked(image)
+
+    def _checked(self, given: Any) -> Tensor:
+        image = check_image(given, self.sites.image_channels, "the image")
         device = next(self.injector.parameters()).device
         if image.device != device:
             raise ImageError(

@@ -107,9 +107,12 @@ class Layout:
 
     def _times(self, images: int, rows: int) -> int:
         if images not in (1, rows) and rows % images:
+            remedy = "give one perception for each image of the batch"
+            if rows < images:
+                remedy += f"; a network that takes its batch in parts, call with {rows} images"
             raise PerceptionError(
                 f"the perception is of {images} images, and a site sees {rows} rows, which is "
-                f"no multiple of it; give one perception for each image of the batch"
+                f"no multiple of it; {remedy}"
             )
         return rows // images
 

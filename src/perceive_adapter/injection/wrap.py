@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, Union
 
 import torch
@@ -319,20 +319,33 @@ def _with_sources(
     presence and severity are told, it adds little on images like those of the training and
     misleads on others (`benchmarks/quality.py`, row "with the embedding").
     """
+    told: dict[str, int] = {}
+    if perceiver is not None:
+        told |= {"tiers": len(perceiver.tiers), "embedding": perceiver.embedding_dim}
+        if kinds := len(perceiver.degradations):
+            told |= {"degradations": kinds, "severity": kinds}
+    if semantic is not None:
+        told["semantic"] = semantic.dim
     if config.sources is not None:
+        _check_sources(config.sources, told)
         return config
     sources = {"compact": config.compact_dim} if config.compact_dim else {}
-    if perceiver is not None:
-        sources["tiers"] = len(perceiver.tiers)
-        if kinds := len(perceiver.degradations):
-            sources |= {"degradations": kinds, "severity": kinds}
-        else:
-            sources["embedding"] = perceiver.embedding_dim
-    if semantic is not None:
-        sources["semantic"] = semantic.dim
+    if "degradations" in told:
+        del told["embedding"]
+    sources |= told
     if not sources:
         raise ConfigError(
             "nothing steers the prompts: compact_dim=0, no perceiver and no semantic model; name "
             "the sources of the perceptions that you will give, AdapterConfig(sources=...)"
         )
     return dataclasses.replace(config, sources=sources)
+
+
+def _check_sources(sources: Mapping[str, int], told: Mapping[str, int]) -> None:
+    """Raise where what is told has another width than the sources; others may be given later."""
+    for name, width in sources.items():
+        if width != told.get(name, width):
+            raise ConfigError(
+                f"AdapterConfig(sources=...) says that {name} has width {width}, and what perceives"
+                f" here tells {told[name]}: expected that, or no sources, which are found then"
+            )

@@ -59,13 +59,14 @@ class DegradationContrastiveLoss(nn.Module):
         Args:
             anchor: (B, D), vectors of any length.
             positive: (B, D), of another crop of the same degraded images.
-            labels: (B,), integers: which degradation.
+            labels: (B,), integers: which degradation, on any device.
 
         Raises:
             LossInputError: shapes or dtypes that do not fit, an empty batch, or batches of
                 different sizes on different ranks.
         """
         _check_vectors(anchor, positive, labels)
+        labels = labels.to(anchor.device)
         with torch.autocast(anchor.device.type, enabled=False):
             anchor = F.normalize(full_precision(anchor), dim=1, eps=_MIN_NORM)
             positive = F.normalize(full_precision(positive), dim=1, eps=_MIN_NORM)

@@ -171,7 +171,7 @@ class DifficultyAdaptiveLoss(nn.Module):
         Raises:
             LossInputError: the restored images do not fit the references.
         """
-        image = check_image("restored", restored)
+        image = self._here("restored", restored)
         check_image("a reference", references.images[0], like=image)
         with torch.autocast(restored.device.type, enabled=False):
             image = full_precision(image)
@@ -191,7 +191,7 @@ class DifficultyAdaptiveLoss(nn.Module):
         """Return the images in full precision, all but the restored one constant, and the mask."""
         first = ["restored", "target", "degraded"][not restored :]
         names = [*first, *(f"medium[{i}]" for i in range(len(images) - len(first)))]
-        checked = [check_image(names[0], images[0])]
+        checked = [self._here(names[0], images[0])]
         for name, image in zip(names[1:], images[1:], strict=True):
             checked.append(check_image(name, image, like=images[0], whose=names[0]))
         mask = _check_valid(valid, len(images) - len(first), checked[0])
@@ -201,6 +201,16 @@ class DifficultyAdaptiveLoss(nn.Module):
         for index, use in enumerate(mask.unbind(1), start=len(first)):
             found[index] = found[index].where(use[:, None, None, None], found[target + 1])
         return found, mask
+
+    def _here(self, name: str, image: Tensor) -> Tensor:
+        """Return the first image as (B, 3, H, W), if it is where the loss is."""
+        image, here = check_image(name, image), self.reference_psnr.device
+        if image.device != here:
+            raise LossInputError(
+                f"{name} is on {image.device}, the loss is on {here}: "
+                f"call loss.to({str(image.device)!r})"
+            )
+        return image
 
     def _loss(
         self,
