@@ -6,8 +6,10 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -319,6 +321,34 @@ def test_failed_update_keeps_the_copy(
     loads(kind, second)
     trouble(hub, monkeypatch, "dead")
     loads(kind, second)
+
+
+def test_a_transport_that_fails_untyped(
+    kind: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf_xet raises RuntimeError alone, and so does the client where an upload's part fails."""
+    loads(kind, expected := push(kind))
+    hub.repos["user/other"] = dict(hub.repos[REPO])
+    download = huggingface_hub.snapshot_download
+
+    def dead(*args: Any, **options: Any) -> str:
+        if options.get("local_files_only"):
+            return download(*args, **options)
+        raise RuntimeError("Data processing error: CAS service error: connection refused")
+
+    def refused(*_: Any, **__: Any) -> None:
+        cause = OSError("403 Forbidden")
+        cause.response = SimpleNamespace(status_code=403)  # type: ignore[attr-defined]
+        raise RuntimeError("Error while uploading 'a.safetensors' to the Hub.") from cause
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", dead)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", refused)
+    with pytest.warns(UserWarning, match="copy downloaded before.*is used: .*CAS service error"):
+        assert torch.equal(kind.load(REPO), expected)
+    with pytest.raises(CheckpointError, match=r"'user/other'.*CAS service error.*Check the net"):
+        kind.load("user/other")
+    with pytest.raises(CheckpointError, match=r"cannot push .*while uploading.*hf auth login"):
+        push(kind)
 
 
 def test_wrong_etag(kind: Any, hub: HubServer) -> None:

@@ -280,16 +280,21 @@ def _damaged(error: DamagedError, folder: Path) -> DamagedError:
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    """Errors of huggingface_hub and of whichever HTTP client it is built on."""
+    """Errors of huggingface_hub and of whichever HTTP client it is built on.
+
+    hf_xet, which moves large files, has no type of its own, and failed uploads of them have none.
+    """
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    return (*HfHubHTTPError.__bases__, HfHubHTTPError, EntryNotFoundError, OSError, ValueError)
+    http = (*HfHubHTTPError.__bases__, HfHubHTTPError)
+    return (*http, EntryNotFoundError, OSError, ValueError, RuntimeError)
 
 
 def _fail(what: str, error: Exception) -> NoReturn:
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    refusal = error.__cause__ if type(error) is RuntimeError else error  # of an upload's part
+    status = getattr(getattr(refusal, "response", None), "status_code", None)
     if status in (401, 403):
         remedy = "The Hub refuses access: log in with `hf auth login`, or pass a token that has it."
     elif status == 404:
