@@ -140,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def answer_file(self, files: dict[str, bytes], name: str) -> None:
+        if name not in files:
+            return self.answer(404, X_Error_Code="EntryNotFound")
         if self.command == "GET":
             self.server.served.append(name)
         data, tag = files[name], hashlib.sha1(files[name]).hexdigest()
@@ -152,9 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:-5]
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit(files)}
         if fault == "cut" and self.command == "GET":
-            self.answer(200, data[: len(data) // 2], len(data), **headers)
-        else:
-            self.answer(200, data, **headers)
+            return self.answer(200, data[: len(data) // 2], len(data), **headers)
+        return self.answer(200, data, **headers)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -25,6 +25,7 @@ from perceive_adapter import (
     QualityPerceiver,
     wrap,
 )
+from perceive_adapter.hub import push_folder
 
 REPO = "user/rain"
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -188,6 +189,23 @@ def test_no_path_of_this_machine_is_pushed(hub: HubServer, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="it is not here; give that one as perceiver="):
         wrap(net(), REPO)
     assert torch.equal(wrap(net(), REPO, perceiver=tmp_path / "eye")(IMAGE), model(IMAGE))
+
+
+def test_a_card_of_others_is_kept(kind: Any, hub: HubServer, tmp_path: Path) -> None:
+    push(kind)
+    card = hub.repos[REPO]["README.md"]
+    hub.repos[REPO]["README.md"] = card + b"more"
+    push(kind)
+    assert hub.repos[REPO]["README.md"] == card
+    hub.repos[REPO]["README.md"] = b"# By hand"
+    with pytest.warns(UserWarning, match=f"'{REPO}' has a README.md that is not a model card"):
+        expected = push(kind, seed=1)
+    assert hub.repos[REPO]["README.md"] == b"# By hand"
+    loads(kind, expected)
+    kind.make(0).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Anew")
+    push_folder(tmp_path, REPO, token=TOKEN)
+    assert hub.repos[REPO]["README.md"] == b"# Anew"
 
 
 def test_nothing_is_pushed_inside_a_fold(hub: HubServer) -> None:

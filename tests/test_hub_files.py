@@ -20,6 +20,7 @@ from perceive_adapter.errors import CheckpointError, ConfigError
 from perceive_adapter.folders import load_folder, save_folder
 from perceive_adapter.hub import push_folder, resolve
 
+CARD = "---\nlibrary_name: perceive_adapter\ntags: [adapter]\n---\n# Card\n"
 NAMES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG: dict[str, Any] = {"rank": 4, "sites": ["a", "b"], "note": "naïve", "alpha": None}
 
@@ -30,14 +31,14 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"a.weight": weight, "a.tied": weight, "b": weight.half().T, "scale": torch.tensor(3.0)}
 
 
-def save(folder: Path, config: dict[str, Any] = CONFIG) -> Path:
+def save(folder: Path, config: dict[str, Any] = CONFIG, card: str = CARD) -> Path:
     return save_folder(
         folder,
         config=config,
         tensors=tensors(),
         config_name=NAMES[0],
         tensors_name=NAMES[1],
-        card="# Card\n",
+        card=card,
     )
 
 
@@ -53,7 +54,7 @@ def test_round_trip_is_exact(saved: Path) -> None:
     for name, tensor in tensors().items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
-    assert (saved / "README.md").read_text() == "# Card\n"
+    assert (saved / "README.md").read_text() == CARD
 
 
 def test_folder_holds_three_ordinary_files(saved: Path, tmp_path: Path) -> None:
@@ -65,8 +66,35 @@ def test_folder_holds_three_ordinary_files(saved: Path, tmp_path: Path) -> None:
 
 
 def test_saving_again_replaces(saved: Path) -> None:
-    save(saved, {"rank": 8})
+    save(saved, {"rank": 8}, card=CARD.replace("Card", "Other"))
     assert load_folder(saved, *NAMES)[0] == {"rank": 8}
+    assert "# Other" in (saved / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# My project\n",
+        "",
+        "---\nlibrary_name: peft\n---\nlibrary_name: perceive_adapter\n",
+        "---\nlibrary_name: perceive_adapter_fork\n---\n",
+        "library_name: perceive_adapter\n",
+    ],
+)
+def test_a_card_of_others_is_kept(saved: Path, text: str) -> None:
+    (saved / "README.md").write_text(text)
+    with pytest.warns(UserWarning, match=r"README.md' is not a model card.*is kept.*Move it away"):
+        save(saved, {"rank": 8})
+    assert (saved / "README.md").read_text() == text
+    assert load_folder(saved, *NAMES)[0] == {"rank": 8}
+
+
+@pytest.mark.parametrize("change", [("\n", "\r\n"), ("perceive_adapter", "'perceive_adapter'")])
+def test_a_card_of_its_own_is_replaced(saved: Path, change: tuple[str, str]) -> None:
+    text = CARD.replace(*change)
+    (saved / "README.md").write_bytes(text.encode())
+    save(saved)
+    assert (saved / "README.md").read_text() == CARD
 
 
 def test_failed_save_leaves_the_old_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

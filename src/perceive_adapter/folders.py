@@ -9,6 +9,7 @@ import math
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -20,9 +21,22 @@ from torch import Tensor
 
 from perceive_adapter.errors import CheckpointError, ConfigError
 
-__all__ = ["PICKLES", "DamagedError", "figures_table", "load_folder", "replace_file", "save_folder"]
+__all__ = [
+    "CARD_NAME",
+    "PICKLES",
+    "DamagedError",
+    "figures_table",
+    "is_own_card",
+    "load_folder",
+    "replace_file",
+    "save_folder",
+]
 
+CARD_NAME = "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OWN_CARD = re.compile(
+    rb"---\s*\n(?:(?!---).*\n)*?library_name:[ \t]*[\"']?perceive_adapter[\"']?\s*\n"
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_CONFIG_BYTES = 16 * 2**20
 _LFS_POINTER = b"version https://git-lfs"
@@ -46,7 +60,8 @@ def save_folder(
     Each file is replaced atomically: a crash leaves the old file or the new one. The config gains
     ``sha256``, the digest of the tensors file, so that :func:`load_folder` detects a truncated file
     and a config beside another save's tensors. (It does not authenticate: whoever can change both
-    files can make them agree.)
+    files can make them agree.) A ``README.md`` that :func:`is_own_card` does not know stays, with a
+    warning.
 
     Args:
         path: folder, made if it does not exist.
@@ -54,7 +69,7 @@ def save_folder(
         tensors: by name, any device and layout; they are stored contiguous and unshared.
         config_name: file name of the config, such as ``adapter_config.json``.
         tensors_name: file name of the tensors, such as ``adapter_model.safetensors``.
-        card: text of ``README.md``.
+        card: text of ``README.md``; its front matter names the library, so that it can be replaced.
 
     Raises:
         CheckpointError: ``path`` is a file.
@@ -85,8 +100,21 @@ def save_folder(
     data = safetensors.torch.save(stored, metadata={"format": "pt"})
     replace_file(folder / tensors_name, data)
     replace_file(folder / config_name, _dump({**config, "sha256": _sha256(data)}))
-    replace_file(folder / "README.md", card.encode(errors="backslashreplace"))
+    text, readme = card.encode(errors="backslashreplace"), folder / CARD_NAME
+    if not readme.exists() or is_own_card(readme):
+        replace_file(readme, text)
+    elif readme.read_bytes() != text:
+        warnings.warn(
+            f"{str(readme)!r} is not a model card of perceive_adapter, and is kept: its front "
+            "matter has no `library_name: perceive_adapter`. Move it away to have such a card.",
+            stacklevel=4,
+        )
     return folder
+
+
+def is_own_card(file: Path) -> bool:
+    """Tell whether a model card is one of this package, by the library in its front matter."""
+    return _OWN_CARD.match(file.read_bytes()) is not None
 
 
 def load_folder(

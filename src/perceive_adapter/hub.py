@@ -6,20 +6,24 @@ when it is needed.
 
 import os
 import re
+import tempfile
 import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from torch import Tensor
 
 from perceive_adapter.errors import CheckpointError, ConfigError
-from perceive_adapter.folders import PICKLES, DamagedError, load_folder
+from perceive_adapter.folders import CARD_NAME, PICKLES, DamagedError, is_own_card, load_folder
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 __all__ = ["HubOptions", "check_options", "load", "push_folder", "resolve"]
 
-_PATTERNS = ["*.json", "*.safetensors", "README.md"]
+_PATTERNS = ["*.json", "*.safetensors", CARD_NAME]
 _REPO_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII
 )
@@ -163,6 +167,9 @@ def push_folder(
 ) -> str:
     """Upload a saved folder's JSON, safetensors and model card to a Hub repository.
 
+    A card that this package wrote does not replace one that it did not: that is kept, with a
+    warning.
+
     Args:
         folder: what :func:`save_folder` wrote.
         repo_id: ``user/repo``, or ``repo`` of the user whose token it is; the repository is made if
@@ -188,16 +195,36 @@ def push_folder(
     api = huggingface_hub.HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        kept = _keeps_card(api, repo_id, revision, Path(folder))
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
             allow_patterns=_PATTERNS,
+            ignore_patterns=[CARD_NAME] if kept else None,
         )
     except _hub_errors() as error:
         _fail(f"cannot push {os.fspath(folder)!r} to {repo_id!r}", error)
+    if kept:
+        warnings.warn(
+            f"{repo_id!r} has a {CARD_NAME} that is not a model card of perceive_adapter, and is "
+            "kept. Delete it there and push again to have such a card.",
+            stacklevel=3,
+        )
     return str(commit.commit_url)
+
+
+def _keeps_card(api: "HfApi", repo_id: str, revision: str | None, folder: Path) -> bool:
+    """Whether a repository has a model card that the folder's should not replace."""
+    card = folder / CARD_NAME
+    if not card.is_file() or not is_own_card(card):
+        return False
+    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+        return False
+    with tempfile.TemporaryDirectory() as aside:  # in the cache it would look like a whole copy
+        found = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, local_dir=aside)
+        return not is_own_card(Path(found))
 
 
 def _split(name: str | os.PathLike[str], revision: str | None) -> tuple[str, str | None]:

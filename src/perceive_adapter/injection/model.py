@@ -578,7 +578,8 @@ class PerceiveModel(nn.Module):
         """Save the active adapter: ``adapter_config.json``, ``adapter_model.safetensors``, a card.
 
         Backbone parameters that were unfrozen are saved with it, the rest of the backbone is not.
-        Where FSDP has sharded the model every process must call it, and the first one writes.
+        Where FSDP has sharded the model every process must call it, and the first one writes. A
+        ``README.md`` that this package did not write is kept, with a warning.
 
         Args:
             folder: made if it does not exist.
@@ -601,7 +602,8 @@ class PerceiveModel(nn.Module):
     ) -> str | None:
         """Save the active adapter and upload it to the Hugging Face Hub.
 
-        Where FSDP has sharded the model every process must call it, and the first one uploads.
+        Where FSDP has sharded the model every process must call it, and the first one uploads. A
+        ``README.md`` of the repository that this package did not write is kept, with a warning.
 
         Args:
             repo_id: ``user/name``.

@@ -238,7 +238,8 @@ class QualityPerceiver(nn.Module):
     ) -> Path:
         """Write ``perceiver_config.json``, ``perceiver_model.safetensors`` and a model card.
 
-        The towers are saved too unless open_clip can name and load their weights.
+        The towers are saved too unless open_clip can name and load their weights. A ``README.md``
+        that this package did not write is kept, with a warning.
 
         Args:
             folder: made if it does not exist.
@@ -251,6 +252,8 @@ class QualityPerceiver(nn.Module):
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save the perceiver and upload it to the Hugging Face Hub.
+
+        A ``README.md`` of the repository that this package did not write is kept, with a warning.
 
         Args:
             repo_id: ``user/repo``.
