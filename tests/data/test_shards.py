@@ -106,6 +106,28 @@ def test_what_cannot_be_used_is_named_or_skipped(tmp_path: Path) -> None:
         find_pairs(tmp_path / "alone" / "half", broken="skip")
 
 
+def test_an_end_that_is_not_marked(tmp_path: Path) -> None:
+    """Of a header that is damaged, cut short or missing tarfile says nothing."""
+    shard = write(tmp_path / "haze-0.tar", sample("1"), sample("2"), sample("3"))
+    data = shard.read_bytes()
+    with tarfile.open(shard) as archive:
+        third = archive.getmembers()[4].offset
+        end = archive.offset
+    for broken, place in {
+        data[:third] + b"x" * 64 + data[third + 64 :]: third,
+        data[: third + 100]: third,
+        data[:third]: third,
+        data[:end]: end,
+    }.items():
+        shard.write_bytes(broken)
+        with pytest.raises(ImageError, match=f"cut short or damaged: at byte {place} "):
+            list(shard_members(shard))
+        with pytest.raises(ImageError, match=r"haze-0\.tar' is cut short or damaged"):
+            find_pairs(tmp_path)
+    shard.write_bytes(data[: end + tarfile.BLOCKSIZE])
+    assert len(list(shard_members(shard))) == 6
+
+
 def test_what_changed_since_shows_when_it_is_read(tmp_path: Path) -> None:
     shard = write(tmp_path / "haze-0.tar", sample("1", hazy=png(5, (8, 8))), sample("2"))
     different, same = find_pairs(tmp_path).pairs

@@ -110,5 +110,18 @@ def shard_members(shard: Path) -> Iterator[Member]:
                 if info.offset_data + info.size > end:
                     raise ImageError(f"{str(shard)!r} is cut short, in {info.name!r}")
                 yield Member(shard, info.name, info.offset_data, info.size)
+            _check_end(shard, archive.offset)
     except (OSError, tarfile.TarError) as error:
         raise ImageError(f"{str(shard)!r} cannot be read as a tar file ({error})") from error
+
+
+def _check_end(shard: Path, offset: int) -> None:
+    """Raise where no end is marked; tarfile takes a header that it cannot read for the end."""
+    with shard.open("rb") as stream:
+        stream.seek(offset)
+        block = stream.read(tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise ImageError(
+            f"{str(shard)!r} is cut short or damaged: at byte {offset} it has neither a member nor "
+            "the end that tar files are marked with. Copy or write it again"
+        )
