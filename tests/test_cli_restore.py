@@ -36,8 +36,12 @@ class Small(nn.Module):
         self.body = body(3, 3)
 
     def forward(self, image):
-        if image.shape[-1] > 400:
+        if image.shape[-1] == 410:
             raise torch.OutOfMemoryError("no memory")
+        if image.shape[-1] == 420:
+            raise MemoryError
+        if image.shape[-1] == 430:
+            torch.empty(2**60, dtype=torch.uint8)
         return image + 0.1 * self.body(image) + 0.1 * image.mean(dim=(2, 3), keepdim=True)
 
 
@@ -264,14 +268,15 @@ def test_a_name_may_be_as_long_as_names_can_be(model: PerceiveModel) -> None:
     assert files("out") == {name}
 
 
+@pytest.mark.parametrize("width", [410, 420, 430], ids=["GPU", "Python", "CPU"])
 def test_an_image_that_does_not_fit_into_memory(
-    model: PerceiveModel, capsys: pytest.CaptureFixture[str]
+    width: int, model: PerceiveModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Image.new("RGB", (410, 100)).save("large.png")
+    Image.new("RGB", (width, 100)).save("large.png")
     photograph("small.png")
     assert restore("large.png", "small.png", "--out", "out") == 1
     complaint = capsys.readouterr().err
-    assert "skipped large.png: 410 x 100 pixels do not fit into memory" in complaint
+    assert f"skipped large.png: {width} x 100 pixels do not fit into memory" in complaint
     assert "Give --tile" in complaint
     assert files("out") == {"small.png"}
     assert restore("large.png", "--out", "out", "--tile", 96) == 0

@@ -214,6 +214,26 @@ def test_the_size_multiple_is_found_by_trying(case: str, multiple: int) -> None:
 # Channels and ranges
 
 
+def _on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("made up")
+
+
+def _in_python() -> None:
+    raise MemoryError
+
+
+def _on_a_cpu() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("fail", [_on_a_gpu, _in_python, _on_a_cpu])
+def test_a_size_that_does_not_fit_into_memory_is_not_taken_for_a_wrong_one(fail: Any) -> None:
+    model = wrapped("u_shape")
+    model.backbone.register_forward_pre_hook(lambda *_: fail())
+    with pytest.raises((MemoryError, RuntimeError), match=r"^$|made up|allocate"):
+        _ = model.size_multiple
+
+
 def test_an_upscaler_enlarges_colours_and_alpha() -> None:
     model = wrapped("upscaler")
     image = torch.rand(4, 21, 34)

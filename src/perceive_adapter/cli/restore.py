@@ -115,15 +115,16 @@ def _restore(
     model: PerceiveModel, file: Path, target: Path, tile: int | None, report: Report
 ) -> dict[str, Any] | None:
     """Restore one file and return what is told of it, or complain where that cannot be done."""
-    import torch
-
     from perceive_adapter.data.images import open_image
+    from perceive_adapter.injection.restore import is_out_of_memory
 
     image = open_image(file, str(file))
     try:
         restored = model.restore(image, tile=tile)
         seen = {} if model.perceiver is None else look(model.perceiver, as_rgb(image))
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         report.complain(
             f"skipped {shown(file)}: {image.width} x {image.height} pixels do not fit into memory "
             "at once. Give --tile, such as --tile 512, or a smaller one."

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
     from perceive_adapter.injection.perception import Perception
 
-__all__ = ["Image", "find_multiple", "restore_image"]
+__all__ = ["Image", "find_multiple", "is_out_of_memory", "restore_image"]
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 7, 14, 28, 56, 12, 24, 48)
 PROGRESS_AFTER_SECONDS = 2
@@ -254,11 +254,22 @@ def _runs(model: PerceiveModel, size: tuple[int, int]) -> bool:
         with keeping_modes(model), torch.no_grad(), model.disabled():
             model.eval()
             _call(model, _network_input(model, image))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a network raises for a size that it was not made for
+    except Exception as error:  # whatever a network raises for a size that it was not made for
+        if is_out_of_memory(error):
+            raise
         return False
     return True
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory has run out; torch has a type for that on a GPU only.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("sizes differ"))
+        (True, False)
+    """
+    typed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return typed or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def _as_type(image: Tensor, dtype: torch.dtype) -> Tensor:
