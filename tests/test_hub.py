@@ -401,6 +401,25 @@ def test_pickle_only(kind: Any, hub: HubServer, rest: list[str]) -> None:
         kind.load(REPO)
 
 
+def test_nothing_but_a_checkpoint_is_moved(kind: Any, hub: HubServer, tmp_path: Path) -> None:
+    made = kind.make(0)
+    made.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "options.json").write_text("{}")
+    push_folder(tmp_path / "run", REPO, token=TOKEN)
+    own = {kind.config, kind.tensors, "README.md"}
+    assert hub.repos[REPO].keys() == own
+    others = dict.fromkeys(["model.safetensors", f"unet/{kind.tensors}", "config.json"], b"{}")
+    hub.repos[REPO] |= others
+    loads(kind, kind.output(made))
+    assert set(hub.served) == own
+    hub.served.clear()
+    hub.repos["user/large"] = {**others, "README.md": b"# Large"}
+    with pytest.raises(CheckpointError, match=rf"holds .*model.*: expected {kind.config} and"):
+        kind.load("user/large")
+    assert hub.served == ["README.md"]
+
+
 def change(hub: HubServer, kind: Any, where: str, value: Any) -> None:
     """Set a field of a pushed config; "@1e999" is written as that number."""
     config = json.loads(hub.repos[REPO][kind.config])

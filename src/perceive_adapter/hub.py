@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HubOptions", "check_options", "load", "push_folder", "resolve"]
 
-_PATTERNS = ["*.json", "*.safetensors", CARD_NAME]
+_PATTERNS = ("*.json", "*.safetensors", CARD_NAME)
 _REPO_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII
 )
@@ -72,6 +73,7 @@ def load(
 ) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     """Find a folder as :func:`resolve` does, and read it as :func:`load_folder` does.
 
+    Of a repository the two files and the model card are downloaded, and nothing else.
     huggingface_hub checks the size of what it downloads, not the content. A repository whose files
     turn out to be damaged is therefore downloaded once more, over its cached copy.
 
@@ -81,10 +83,12 @@ def load(
     Raises:
         CheckpointError: as those two functions say, or the repository holds other files.
     """
+    needed = config_name, tensors_name
     find = partial(
         resolve,
         name_or_path,
         revision,
+        files=(*needed, CARD_NAME),
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
@@ -92,7 +96,6 @@ def load(
     folder = find()
     if Path(name_or_path).is_dir():
         return folder, *load_folder(folder, config_name, tensors_name)
-    needed = config_name, tensors_name
     if not local_files_only and not all((folder / name).is_file() for name in needed):
         _check_listing(os.fspath(name_or_path), revision, token, needed)
     try:
@@ -115,13 +118,14 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    files: Sequence[str] = _PATTERNS,
 ) -> Path:
     """Find the folder that a path or the name of a Hub repository stands for.
 
     An existing folder is taken as it is, and the other arguments do not matter to it. A name such
-    as ``user/repo`` is downloaded into huggingface_hub's cache: JSON, safetensors and the model
-    card, nothing else. A network that is down, or ``HF_HUB_OFFLINE=1``, falls back to that cache;
-    so does a download that fails, with a warning, and the copy downloaded before stays in use.
+    as ``user/repo`` is downloaded into huggingface_hub's cache, as far as ``files`` says. A network
+    that is down, or ``HF_HUB_OFFLINE=1``, falls back to that cache; so does a download that fails,
+    with a warning, and the copy downloaded before stays in use.
 
     Args:
         name_or_path: a folder, ``user/repo``, or ``user/repo@revision``.
@@ -130,6 +134,8 @@ def resolve(
         cache_dir: cache to use in place of huggingface_hub's own.
         local_files_only: make no request, use the cache alone.
         force_download: download again what is in the cache.
+        files: names or patterns of what is downloaded; by default JSON, safetensors and the model
+            card, nothing else.
 
     Returns:
         The folder.
@@ -146,7 +152,9 @@ def resolve(
             "repository such as 'user/repo'. Give the folder that holds the file."
         )
     repo, revision = _split(name_or_path, revision)
-    download = partial(_download, repo, revision, token=token, cache_dir=cache_dir)
+    download = partial(
+        _download, repo, revision, token=token, cache_dir=cache_dir, allow_patterns=list(files)
+    )
     if local_files_only:
         return download(local_files_only=True)
     try:
@@ -167,8 +175,8 @@ def push_folder(
 ) -> str:
     """Upload a saved folder's JSON, safetensors and model card to a Hub repository.
 
-    A card that this package wrote does not replace one that it did not: that is kept, with a
-    warning.
+    Folders inside it are left out. A card that this package wrote does not replace one that it did
+    not: that is kept, with a warning.
 
     Args:
         folder: what :func:`save_folder` wrote.
@@ -201,8 +209,8 @@ def push_folder(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            allow_patterns=_PATTERNS,
-            ignore_patterns=[CARD_NAME] if kept else None,
+            allow_patterns=list(_PATTERNS),
+            ignore_patterns=["*/*", CARD_NAME] if kept else ["*/*"],
         )
     except _hub_errors() as error:
         _fail(f"cannot push {os.fspath(folder)!r} to {repo_id!r}", error)
@@ -247,11 +255,7 @@ def _download(repo: str, revision: str | None, **options: Any) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=_PATTERNS, **options
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, **options))
     except _hub_errors() as error:
         at = f" at revision {revision!r}" if revision else ""
         _fail(f"cannot download {repo!r}{at}, which is not a local folder either", error)
