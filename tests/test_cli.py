@@ -242,6 +242,23 @@ def test_unreadable_files(photos: Path, tmp_path: Path, saved: Path, capsys: Any
     assert "Traceback" not in captured.err
 
 
+def test_a_folder_that_cannot_be_listed(
+    photos: Path, saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == photos / "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert perceive(photos, "--json", "--perceiver", saved) == 1
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == len(SCENES) // 2
+    assert f"the folder '{photos}/more' cannot be listed (Permission denied)" in captured.err
+
+
 def test_names_that_the_terminal_cannot_show(tmp_path: Path, saved: Path) -> None:
     names = ["été.png", os.fsdecode(b"\xff.png"), "plain.png"]
     for name in names:

@@ -1,9 +1,11 @@
 """Pairs of images on disk."""
 
+import os
 import re
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +138,27 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> Non
         ("dehaze/input/1.png", "dehaze/gt/1.png", "dehaze"),
         ("derain/input/scene/1.png", "derain/gt/scene/1.png", "derain"),
     ]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a/input/1.png", "a/gt/1.png", "locked/input/1.png", "locked/gt/1.png")
+    listed = os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    said = f"the folder '{tmp_path}/locked' cannot be listed (Permission denied)"
+    with pytest.raises(ImageError, match=rf"{re.escape(said)}\. Mend, rename or remove"):
+        find_pairs(tmp_path)
+    skipping = find_pairs(tmp_path, broken="skip")
+    assert skipping.counts() == {"a": 1}
+    assert skipping.skipped == (said,)
+    assert find_pairs(tmp_path / "a").skipped == ()
+    with pytest.raises(ConfigError, match=rf"{re.escape(said)}: .*Change who may read"):
+        find_photos(tmp_path)
 
 
 def broken_folder(root: Path) -> None:

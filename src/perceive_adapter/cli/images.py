@@ -92,12 +92,15 @@ class Report:
 def find_inputs(paths: Sequence[Path], outputs: Path | None, report: Report) -> list[Found]:
     """Search the folders among the paths, but for one of outputs that lies in them."""
     from perceive_adapter.data.samples import IMAGE_SUFFIXES, images_below
+    from perceive_adapter.data.walking import unlisted
 
     files = []
     for path in paths:
         if not path.is_dir():
             files.append(Found(path, Path(path.name)))
             continue
+        for problem in unlisted(path):
+            report.complain(f"{problem}, and is skipped. Change who may read it.")
         found = [Found(file, file.relative_to(path)) for file in images_below(path)]
         found = [one for one in found if one.file.is_file()]
         if outputs is not None and not _lies_in(path, outputs):

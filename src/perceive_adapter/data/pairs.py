@@ -27,7 +27,7 @@ from perceive_adapter.data.matching import (
 from perceive_adapter.data.samples import find_images
 from perceive_adapter.data.shards import Member, shard_group, shards_below
 from perceive_adapter.data.sides import images_outside, lone_sides
-from perceive_adapter.data.walking import walk
+from perceive_adapter.data.walking import unlisted, walk
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [
@@ -97,9 +97,10 @@ def find_pairs(
     Args:
         folder: root of one or several sets, such as all-in-one training's ``denoise/input``,
             ``denoise/gt``, ``derain/input`` and so on.
-        broken: what to do with a file without a partner or one of its own, a folder without one, a
-            file that is no image, an image of a kind that cannot be used, and a pair of two sizes:
-            raise an error that names them, or leave them out and say so in ``skipped``.
+        broken: what to do with a file without a partner or one of its own, a folder without one or
+            that cannot be listed, a file that is no image, an image of a kind that cannot be used,
+            and a pair of two sizes: raise an error that names them, or leave them out and say so in
+            ``skipped``.
         deep: also sets and shards in deeper folders; otherwise only ``folder`` as a set itself, and
             shards directly in it.
 
@@ -110,11 +111,14 @@ def find_pairs(
     """
     root = Path(folder)
     pairs: list[Pair] = []
+    problems = unlisted(root, deep=deep)
+    if problems and broken == "raise":  # what they hold would seem to be missing
+        raise _unusable(root, problems)
     sets, shards = list(_sets(root, deep)), shards_below(root, deep=deep)
     if not sets and not shards:
         raise ConfigError(f"{str(root)!r} holds no set of pairs: {_expected()}")
     lone = _left_out(root, sets) if deep else []
-    problems = list(lone)
+    problems += lone
     for degraded, target, mediums in sets:
         group = degraded.parent.relative_to(root).as_posix()
         found, unpaired = match_folders(degraded, target, mediums)
@@ -230,7 +234,7 @@ def _sets(root: Path, deep: bool) -> Iterator[tuple[Path, Path, list[Path]]]:
         yield parent / sides[0][0], parent / sides[1][0], mediums
 
 
-def _unusable(root: Path, problems: Sequence[str], more: str) -> ImageError:
+def _unusable(root: Path, problems: Sequence[str], more: str = "") -> ImageError:
     named = "; ".join(problems[:_NAMED])
     named += f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
     return ImageError(

@@ -22,7 +22,7 @@ from perceive_adapter.data.degradations import (
 )
 from perceive_adapter.data.degradations.sensor import recode
 from perceive_adapter.data.images import read_image
-from perceive_adapter.data.walking import walk
+from perceive_adapter.data.walking import unlisted, walk
 from perceive_adapter.errors import ConfigError, ImageError
 
 __all__ = [
@@ -97,9 +97,14 @@ def find_images(folder: str | os.PathLike[str], *, deep: bool = True) -> list[Pa
         deep: also in folders below it, at any depth.
 
     Raises:
-        ConfigError: there is no such folder, or it holds no image.
+        ConfigError: there is no such folder, it holds no image, or a folder cannot be listed.
     """
     root = Path(folder)
+    if unread := unlisted(root, deep=deep):
+        raise ConfigError(
+            f"{'; '.join(unread)}: expected folders that may be read. Change who may read "
+            "them, or move them elsewhere."
+        )
     found = [path for path in images_below(root, deep=deep) if path.is_file()]
     if not found:
         state = "holds no image" if root.is_dir() else "is no folder"

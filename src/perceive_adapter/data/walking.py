@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["walk"]
+__all__ = ["unlisted", "walk"]
 
 
-def walk(root: Path, *, deep: bool = True) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk(
+    root: Path, *, deep: bool = True, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield ``root`` and every folder below it, with the names of its folders and of its files.
 
     Where ``deep`` is False, that is ``root`` alone.
 
     Links to folders are followed. No folder is entered twice, so that links in a circle come to an
-    end; its name is given wherever it is. Names are sorted.
+    end; its name is given wherever it is. Names are sorted. A folder that cannot be listed is told
+    to ``onerror`` and passed over: whoever searches tells of it, as :func:`unlisted` does.
     """
     entered: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
+    tell = onerror or (lambda error: None)
+    for parent, folders, files in os.walk(root, followlinks=True, onerror=tell):
         if not entered:
-            _is_new(parent, entered)
+            _is_new(parent, entered, tell)
         folders.sort()
         yield Path(parent), list(folders), sorted(files)
         entering = folders if deep else []
-        folders[:] = [name for name in entering if _is_new(os.path.join(parent, name), entered)]
+        folders[:] = [
+            name for name in entering if _is_new(os.path.join(parent, name), entered, tell)
+        ]
 
 
-def _is_new(folder: str, entered: set[tuple[int, int]]) -> bool:
+def unlisted(root: Path, *, deep: bool = True) -> list[str]:
+    """Say which folders below ``root`` cannot be listed, so that what they hold is not found."""
+    errors: list[OSError] = []
+    for _ in walk(root, deep=deep, onerror=errors.append):
+        pass
+    return [
+        f"the folder {str(error.filename)!r} cannot be listed ({error.strerror})"
+        for error in errors
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError))  # gone, or a file
+    ]
+
+
+def _is_new(folder: str, entered: set[tuple[int, int]], tell: Callable[[OSError], None]) -> bool:
     """Tell whether a folder has not been entered under any of its names, and remember it."""
     try:
         status = os.stat(folder)
-    except OSError:  # gone since it was listed
+    except OSError as error:
+        tell(error)
         return False
     key = (status.st_dev, status.st_ino)
     if key in entered:
