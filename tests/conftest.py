@@ -1,7 +1,7 @@
 """Fixtures that every part of the suite may use."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -40,3 +40,16 @@ def _reproducible() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def no_accelerator_yet() -> Iterator[Callable[[], None]]:
+    """The first accelerator of a process decides for all; what is given forgets it."""
+    from accelerate.state import AcceleratorState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    forget()
+    yield forget
+    forget()

@@ -15,7 +15,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -1017,6 +1017,25 @@ def test_a_folder_is_not_taken_before_training_begins(
     shutil.rmtree(out / "checkpoints")
     assert main(told) == 2
     assert "holds a saved adapter already" in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_precision_that_accelerate_chose(
+    network: str,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    no_accelerator_yet: Callable[[], None],
+) -> None:
+    told = ["finetune", "--backbone", network, "--data", str(photos), *SHORT]
+    told += ["--out", str(tmp_path / "out"), "--treat", "everywhere"]
+    assert main(told) == 0
+    no_accelerator_yet()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main(told) == 2
+    assert "with precision='no': expected precision='bf16'" in capsys.readouterr().err
+    no_accelerator_yet()
+    assert main([*told, "--precision", "no"]) == 0
 
 
 def test_broken_photographs_are_named_or_skipped_and_never_lose_the_adapter(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
@@ -113,13 +111,6 @@ def test_passes_that_add_up_are_one_step_of_the_whole_batch() -> None:
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(whole(DARK), parts(DARK), rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture
-def no_accelerator_yet() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("no_accelerator_yet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,17 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:999])
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         train(model(), checkpoint=file, recipe=recipe(2))
+
+
+def test_a_run_keeps_the_precision_that_accelerate_chose(
+    no_accelerator_yet: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "state.pt"
+    train(model(), checkpoint=file, recipe=recipe(2))
+    no_accelerator_yet()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(CheckpointError, match=r"precision='no': expected precision='bf16'"):
+        train(model(), checkpoint=file, recipe=recipe(2), accelerator=Accelerator(cpu=True))
 
 
 class Poisoned(Recording):

@@ -159,7 +159,7 @@ def run(arguments: Namespace) -> int:
     model = _wrapped(arguments).to(accelerator.device)
     objective = objective_for(model, recipe.weights)
     check_patch(model, data.patch)
-    options = options_of(arguments, recipe, found, model, mediums)
+    options = options_of(arguments, recipe, found, model, mediums, accelerator.mixed_precision)
     with accelerator.main_process_first():
         checkpoints = claim_folder(arguments.out, options)
     if arguments.treat == ["auto"] and arguments.adapter is None:  # a saved one keeps its own

@@ -91,18 +91,22 @@ def options_of(
     found: Found,
     model: PerceiveModel,
     mediums: Sequence[MediumSource],
+    precision: str,
 ) -> dict[str, Any]:
-    """What decides the weights: a run with other values is another run."""
+    """What decides the weights: a run with other values is another run.
+
+    The precision is accelerate's, which may come from its configuration or the environment.
+    """
     from perceive_adapter.injection.checkpoint import fingerprint
 
-    names = ["rank", "treat", "tasks", "ratios", "context", "patch", "seed"]
-    names += ["precision", "channels_last"]
+    names = ["rank", "treat", "tasks", "ratios", "context", "patch", "seed", "channels_last"]
     adapter = None
     if arguments.adapter is not None:
         treats = model.injector.config.treats
         adapter = {"weights": fingerprint(model.injector), "treats": treats and list(treats)}
     return {
         **{name: getattr(arguments, name) for name in names},
+        "precision": precision,
         "adapter": adapter,
         "mediums": [one if isinstance(one, str) else fingerprint(one) for one in mediums],
         "recipe": asdict(recipe),

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RestorationRun", "in_channels_last"]
 
-_STATE: Final = ("step", "recipe", "data", "model", "optimizer", "ema", "scaler")
+_STATE: Final = ("step", "recipe", "data", "precision", "model", "optimizer", "ema", "scaler")
 _LOG_EVERY: Final = 20
 _KEPT: Final = 0.8  # share of the progress bar's average that the past keeps
 _SEEDS: Final = 1_000_003
@@ -261,7 +261,8 @@ class RestorationRun:
     @cached_property  # photographs are hashed for it
     def _settings(self) -> dict[str, Any]:
         """What decides the weights, besides the model and the content of pairs."""
-        return {"recipe": asdict(self.recipe), "data": self.data.settings()}
+        told = {"recipe": asdict(self.recipe), "data": self.data.settings()}
+        return {**told, "precision": self.accelerator.mixed_precision}
 
     def _agreed(self, step: int, file: Path | None) -> int:
         """Return the step, after making sure that every process found the same checkpoint."""
