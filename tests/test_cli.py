@@ -242,6 +242,18 @@ def test_unreadable_files(photos: Path, tmp_path: Path, saved: Path, capsys: Any
     assert "Traceback" not in captured.err
 
 
+def test_an_image_with_more_pixels_than_pil_opens(
+    tmp_path: Path, saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert perceive(tmp_path / "large.png", "--perceiver", saved) == 2
+    complaint = capsys.readouterr().err
+    assert "1600 pixels" in complaint
+    assert "raise PIL.Image.MAX_IMAGE_PIXELS" in complaint
+    assert "8-bit" not in complaint
+
+
 def test_a_folder_that_cannot_be_listed(
     photos: Path, saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

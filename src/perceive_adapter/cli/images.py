@@ -77,8 +77,12 @@ class Report:
     @contextmanager
     def skipping(self, file: Path) -> Iterator[None]:
         """Go on after an image that is none, or none that can be worked on."""
+        from perceive_adapter.data.heads import TooLargeError
+
         try:
             yield
+        except TooLargeError as error:
+            self.complain(f"skipped {shown(file)}: {error}.")
         except ImageError as error:
             self.complain(f"skipped {shown(file)}: {error}. {_REMEDY}")
 

@@ -15,7 +15,7 @@ from perceive_adapter.errors import ImageError
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-__all__ = ["image_size", "is_cut_to_8_bits", "orientation"]
+__all__ = ["TooLargeError", "image_size", "is_cut_to_8_bits", "orientation", "too_large"]
 
 _ORIENTATION: Final = 0x0112  # EXIF's tag
 _QUARTER_TURNS: Final = (5, 6, 7, 8)
@@ -23,6 +23,10 @@ _TIFF_SIZE: Final = (0x0100, 0x0101)  # width and height as they are stored
 _MODES: Final = ("L", "LA", "P", "RGB", "RGBA")
 _DEEP: Final = re.compile(";16[BLN]")  # in a raw mode of PIL; BMP's BGR;16 is another thing
 _TELLING: Final = (b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that hold EXIF
+
+
+class TooLargeError(ImageError):
+    """A file has more pixels than PIL opens."""
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -44,11 +48,22 @@ def image_size(path: Path) -> tuple[int, int]:
         if image.format == "PNG":
             with Image.open(_without_pixels(path)) as described:
                 turned = orientation(described) in _QUARTER_TURNS
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise too_large(str(path), error) from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"{str(path)!r} cannot be read as an image ({error})") from error
     if mode not in _MODES:
         raise ImageError(f"{str(path)!r} has mode {mode}, expected 8 bits of gray or RGB")
     return (width, height) if turned else (height, width)
+
+
+def too_large(name: str, error: Exception) -> TooLargeError:
+    """Make an error of what PIL says of a file, with its pixels and their limit."""
+    said = str(error).rstrip(".")
+    return TooLargeError(
+        f"{name!r} has more pixels than PIL opens ({said}). If it is to be trusted, raise "
+        "PIL.Image.MAX_IMAGE_PIXELS in Python, or read it otherwise and give an array"
+    )
 
 
 def is_cut_to_8_bits(image: PILImage.Image) -> bool:

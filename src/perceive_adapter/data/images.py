@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perceive_adapter.data.heads import is_cut_to_8_bits, orientation
+from perceive_adapter.data.heads import is_cut_to_8_bits, orientation, too_large
 from perceive_adapter.errors import ImageError
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
         name: what errors call it.
 
     Raises:
-        ImageError: there is no such file, it is no image, or has 16 bits a channel.
+        ImageError: there is no such file, it is no image, or has 16 bits a channel or more pixels
+            than PIL opens.
     """
     from PIL import Image as PILImage
 
@@ -88,8 +89,10 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
         raise
     except FileNotFoundError:
         raise ImageError(f"there is no image file {name!r}; check the path") from None
+    except PILImage.DecompressionBombError as error:
+        raise too_large(name, error) from error
     except (
-        *(OSError, ValueError, SyntaxError, PILImage.DecompressionBombError),
+        *(OSError, ValueError, SyntaxError),
         *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
     ) as error:
         raise ImageError(f"{name!r} cannot be read as an image: {error}") from error
