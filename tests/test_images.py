@@ -116,6 +116,11 @@ def test_damaged_and_enormous_files_are_refused(
     half.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ImageError, match="cannot be read"):
         read_image(half)
+    with (
+        Image.open(half) as opened,
+        pytest.raises(ImageError, match=r"the PIL image cannot be read as an image: .*truncated"),
+    ):
+        read_image(opened)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for read in (read_image, image_size):
         with pytest.raises(ImageError, match=r"exceeds limit of 200 .* raise PIL.Image.MAX_IMAGE"):

@@ -49,7 +49,7 @@ def image_size(path: Path) -> tuple[int, int]:
             with Image.open(_without_pixels(path)) as described:
                 turned = orientation(described) in _QUARTER_TURNS
     except Image.DecompressionBombError as error:
-        raise too_large(str(path), error) from error
+        raise too_large(repr(str(path)), error) from error
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"{str(path)!r} cannot be read as an image ({error})") from error
     if mode not in _MODES:
@@ -61,7 +61,7 @@ def too_large(name: str, error: Exception) -> TooLargeError:
     """Make an error of what PIL says of a file, with its pixels and their limit."""
     said = str(error).rstrip(".")
     return TooLargeError(
-        f"{name!r} has more pixels than PIL opens ({said}). If it is to be trusted, raise "
+        f"{name} has more pixels than PIL opens ({said}). If it is to be trusted, raise "
         "PIL.Image.MAX_IMAGE_PIXELS in Python, or read it otherwise and give an array"
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, Union
@@ -61,8 +62,10 @@ def read_image(image: Image) -> Planes:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if hasattr(image, "getbands"):
-        _check_depth(image, "the PIL image")
-        return _from_pil(_upright(image))
+        with _decoding("the PIL image"):  # which PIL may have opened and not decoded yet
+            _check_depth(image, "the PIL image")
+            upright = _upright(image)
+        return _from_pil(upright)
     raise ImageError(
         f"an image is a {type(image).__name__}; expected a path, a PIL image, an array or a tensor"
     )
@@ -81,21 +84,29 @@ def open_image(file: Path | IO[bytes], name: str) -> PILImage.Image:
     """
     from PIL import Image as PILImage
 
+    with _decoding(repr(name)), PILImage.open(file) as image:
+        _check_depth(image, repr(name))
+        return _upright(image)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Raise an ImageError of whatever PIL raises of a file."""
+    from PIL import Image as PILImage
+
     try:
-        with PILImage.open(file) as image:
-            _check_depth(image, repr(name))
-            return _upright(image)
+        yield
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"there is no image file {name!r}; check the path") from None
+        raise ImageError(f"there is no image file {name}; check the path") from None
     except PILImage.DecompressionBombError as error:
         raise too_large(name, error) from error
     except (
         *(OSError, ValueError, SyntaxError),
         *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
     ) as error:
-        raise ImageError(f"{name!r} cannot be read as an image: {error}") from error
+        raise ImageError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _check_depth(image: PILImage.Image, name: str) -> None:
