@@ -1,5 +1,6 @@
 """Folders of JSON and safetensors, and their way to the Hub and back over real HTTP."""
 
+import errno
 import hashlib
 import json
 import os
@@ -104,12 +105,15 @@ def test_failed_save_leaves_the_old_folder(saved: Path, monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match="JSON"):
         save(saved, {"rank": object()})
 
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left")
+    def full_disk(draft: Path, _: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(draft))
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot save to '.*folder': No space left on dev"
+    ) as e:
         save(saved)
+    assert "/." not in str(e.value)  # the draft is nobody's business
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
 
 

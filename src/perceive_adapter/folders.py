@@ -72,7 +72,7 @@ def save_folder(
         card: text of ``README.md``; its front matter names the library, so that it can be replaced.
 
     Raises:
-        CheckpointError: ``path`` is a file.
+        CheckpointError: ``path`` is a file, or cannot be made or written to.
         ConfigError: the config cannot be written as JSON.
 
     Example:
@@ -98,17 +98,15 @@ def save_folder(
         raise CheckpointError(f"cannot make the folder {str(folder)!r}: {error}") from error
     stored = {name: _detached(tensor) for name, tensor in tensors.items()}
     data = safetensors.torch.save(stored, metadata={"format": "pt"})
-    replace_file(folder / tensors_name, data)
-    replace_file(folder / config_name, _dump({**config, "sha256": _sha256(data)}))
-    text, readme = card.encode(errors="backslashreplace"), folder / CARD_NAME
-    if not readme.exists() or is_own_card(readme):
-        replace_file(readme, text)
-    elif readme.read_bytes() != text:
-        warnings.warn(
-            f"{str(readme)!r} is not a model card of perceive_adapter, and is kept: its front "
-            "matter has no `library_name: perceive_adapter`. Move it away to have such a card.",
-            stacklevel=4,
-        )
+    try:
+        replace_file(folder / tensors_name, data)
+        replace_file(folder / config_name, _dump({**config, "sha256": _sha256(data)}))
+        _replace_card(folder / CARD_NAME, card.encode(errors="backslashreplace"))
+    except OSError as error:  # whose name is a draft's
+        raise CheckpointError(
+            f"cannot save to {str(folder)!r}: {error.strerror or error}. Give a folder that can be "
+            "written to, on a disk with space left."
+        ) from error
     return folder
 
 
@@ -180,6 +178,18 @@ def figures_table(figures: Mapping[str, float | str] | None) -> str:
         whole = isinstance(value, (Integral, str))
         rows.append(f"| {what} | {value if whole else f'{value:.4g}'} |")
     return "\n".join(rows)
+
+
+def _replace_card(file: Path, text: bytes) -> None:
+    """Write a model card, but not over one that somebody else wrote."""
+    if not file.exists() or is_own_card(file):
+        replace_file(file, text)
+    elif file.read_bytes() != text:
+        warnings.warn(
+            f"{str(file)!r} is not a model card of perceive_adapter, and is kept: its front matter "
+            "has no `library_name: perceive_adapter`. Move it away to have such a card.",
+            stacklevel=5,
+        )
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:

@@ -586,6 +586,7 @@ class PerceiveModel(nn.Module):
             figures: what was measured, for the model card.
 
         Raises:
+            CheckpointError: ``folder`` is a file, or cannot be made or written to.
             ConfigError: a figure is not finite.
             PerceptionError: a fold is under way, in which the backbone has other weights.
             BackboneError: the model was unwrapped.

@@ -246,7 +246,8 @@ class QualityPerceiver(nn.Module):
             figures: what was measured of this perceiver, for the model card.
 
         Raises:
-            CheckpointError: ``folder`` is a file.
+            ConfigError: a figure is not finite.
+            CheckpointError: ``folder`` is a file, or cannot be made or written to.
         """
         return saving.save(self, folder, figures)
 
