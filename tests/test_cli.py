@@ -169,9 +169,14 @@ def test_maps_are_not_perceived_again(tmp_path: Path, saved: Path, capsys: Any) 
     assert len(list((tmp_path / "maps").iterdir())) == 2
     (tmp_path / "maps" / "more").mkdir()
     shutil.copy(tmp_path / "a.png", tmp_path / "maps" / "more")
-    for folder, count in (("maps", 3), ("maps/more", 1)):  # they are what is asked for
-        assert perceive(tmp_path / folder, *given) == 0
-        assert len(json.loads(capsys.readouterr().out)) == count
+    assert perceive(tmp_path / "maps" / "more", *given) == 0  # it is what is asked for
+    assert len(json.loads(capsys.readouterr().out)) == 1
+    (tmp_path / "link").symlink_to("maps")
+    for folder in ("maps", "link"):
+        assert perceive(tmp_path / folder, *given) == 2
+        assert "maps is a folder that is searched for images" in capsys.readouterr().err
+    assert perceive(tmp_path, "--map", tmp_path / "a.png", "--perceiver", saved) == 2
+    assert "a.png' is a file: give the name of a folder" in capsys.readouterr().err
 
 
 def test_a_map_that_cannot_be_written(tmp_path: Path, saved: Path, capsys: Any) -> None:

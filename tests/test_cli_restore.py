@@ -362,7 +362,7 @@ def test_a_folder_that_holds_restored_images_alone(
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("photos/../photos/", "is a folder whose images are to be restored"),
+        ("photos/../photos/", "is a folder that is searched for images"),
         ("photos/a.png", "is a file: give the name of a folder"),
     ],
 )

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from perceive_adapter.errors import ImageError
+from perceive_adapter.cli.options import check_folder
+from perceive_adapter.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ __all__ = [
     "Report",
     "as_rgb",
     "as_seen",
+    "check_outputs",
     "column",
     "find_inputs",
     "free_names",
@@ -91,6 +93,18 @@ class Report:
         if self._records is not None:
             print(json.dumps(self._records, indent=2, allow_nan=False))
         return int(self._failed) if self._count else 2
+
+
+def check_outputs(option: str, folder: Path, paths: Sequence[Path]) -> None:
+    """Raise ConfigError if outputs cannot lie in a folder, or would lie among the inputs."""
+    check_folder(folder)
+    for path in paths:
+        if path.is_dir() and folder.exists() and path.samefile(folder):
+            raise ConfigError(
+                f"{option} {folder} is a folder that is searched for images, and those that are "
+                "written would be taken for such the next time. Give a folder elsewhere, or one "
+                "inside it."
+            )
 
 
 def find_inputs(paths: Sequence[Path], outputs: Path | None, report: Report) -> list[Found]:

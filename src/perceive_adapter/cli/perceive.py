@@ -12,6 +12,7 @@ from perceive_adapter.cli.images import (
     Report,
     as_rgb,
     as_seen,
+    check_outputs,
     column,
     find_inputs,
     free_names,
@@ -71,6 +72,8 @@ def run(arguments: Namespace) -> int:
     from perceive_adapter.perceiver import QualityPerceiver
 
     _check_revision(arguments)
+    if arguments.map is not None:
+        check_outputs("--map", arguments.map, arguments.paths)
     perceiver = QualityPerceiver.from_pretrained(
         arguments.perceiver, revision=arguments.revision
     ).to(arguments.device)

@@ -16,6 +16,7 @@ from perceive_adapter.cli.images import (
     Found,
     Report,
     as_rgb,
+    check_outputs,
     column,
     find_inputs,
     free_names,
@@ -23,7 +24,6 @@ from perceive_adapter.cli.images import (
     row,
     shown,
 )
-from perceive_adapter.cli.options import check_folder
 from perceive_adapter.errors import BackboneError, ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     """Restore the images, and print where they are and what was perceived."""
     report = Report(as_json=arguments.json)
-    found = _find(arguments.paths, arguments.out, report)
+    check_outputs("--out", arguments.out, arguments.paths)
+    found = find_inputs(arguments.paths, arguments.out, report)
     targets = _targets(found, arguments.out, overwrite=arguments.overwrite)
     model = load_wrapped(arguments)
     if (channels := model.sites.image_channels) not in (1, 3):
@@ -84,18 +85,6 @@ def run(arguments: Namespace) -> int:
                     cells += [row(record)] if model.perceiver is not None else []
                     report.add(record, "  ".join(cells))
     return report.end()
-
-
-def _find(paths: Sequence[Path], out: Path, report: Report) -> list[Found]:
-    """Find the images, none of which may be meant to lie among the restored ones."""
-    check_folder(out)
-    for path in paths:
-        if path.is_dir() and out.exists() and path.samefile(out):
-            raise ConfigError(
-                f"--out {out} is a folder whose images are to be restored, and the restored ones "
-                "would be taken for such the next time. Give a folder elsewhere, or one inside it."
-            )
-    return find_inputs(paths, out, report)
 
 
 def _targets(found: Sequence[Found], out: Path, *, overwrite: bool) -> list[Path]:
