@@ -117,6 +117,26 @@ def test_failed_save_leaves_the_old_folder(saved: Path, monkeypatch: pytest.Monk
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
 
 
+def test_files_are_on_the_disk_before_they_have_their_names(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    synced, replaced = os.fsync, os.replace
+
+    def fsync(file: int) -> None:
+        synced(file)
+        done.append("written")
+
+    def replace(draft: Path, target: Path) -> None:
+        replaced(draft, target)
+        done.append(target.name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save(saved)
+    assert done == ["written", NAMES[1], "written", NAMES[0], "written", "README.md"]
+
+
 def test_save_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"it is a file.*name of a folder"):

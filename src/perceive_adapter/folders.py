@@ -10,10 +10,11 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ __all__ = [
     "is_own_card",
     "load_folder",
     "replace_file",
+    "replacing",
     "save_folder",
 ]
 
@@ -247,16 +249,29 @@ def _read_tensors(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
 
 
 def replace_file(target: Path, data: bytes) -> None:
-    """Write a file beside ``target`` and move it into place.
+    """Write a file as :func:`replacing` does."""
+    with replacing(target) as stream:
+        stream.write(data)
 
-    The draft's name is short, as ``target`` may have the longest name that there can be.
+
+@contextmanager
+def replacing(target: Path, draft: str | None = None) -> Iterator[IO[bytes]]:
+    """Write a file beside ``target`` and move it into place: one of them is always whole.
+
+    Args:
+        target: file to replace, if there is one.
+        draft: name of the file beside it, which a process that is killed leaves behind. A short one
+            is made up, as ``target`` may have the longest name that there can be.
     """
-    draft = target.with_name(f".{uuid.uuid4().hex}")
+    beside = target.with_name(draft or f".{uuid.uuid4().hex}")
     try:
-        draft.write_bytes(data)
-        os.replace(draft, target)
+        with beside.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())  # or a power cut may leave the new name without its content
+        os.replace(beside, target)
     finally:
-        draft.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def _sha256(data: bytes) -> str:

@@ -151,6 +151,7 @@ def test_failed_write_leaves_the_old_checkpoint_whole(
     with pytest.raises(OSError, match="no space left"):
         run(fresh, file)
     assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]  # nor half of the new one, on a disk that is full
     monkeypatch.setattr(torch, "save", write)
     assert same(run(fresh, file), run(fresh, None))
 

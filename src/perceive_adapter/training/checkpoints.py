@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from perceive_adapter.errors import CheckpointError
+from perceive_adapter.folders import replacing
 
 __all__ = ["REMEDY", "check_settings", "read_checkpoint", "write_checkpoint"]
 
@@ -20,16 +21,12 @@ REMEDY: Final = "Give another output folder, or delete it to start afresh."
 
 
 def write_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
-    """Write a state beside the old one and move it into place: one of them is always whole."""
+    """Write a state over the old one, as :func:`~perceive_adapter.folders.replacing` does."""
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(f".{file.name}.*"):  # by a run that was killed while it wrote
         left.unlink(missing_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with draft.open("wb") as stream:
+    with replacing(file, draft=f".{file.name}.{os.getpid()}") as stream:
         torch.save(dict(state), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, file)
 
 
 def read_checkpoint(file: Path, keys: Collection[str]) -> dict[str, Any] | None:
