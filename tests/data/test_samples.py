@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perceive_adapter.data import DEGRADATIONS, FAMILIES, KIND_OF, KINDS, mix
+from perceive_adapter.data import DEGRADATIONS, FAMILIES, KIND_OF, KINDS, degrade, mix
 from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.samples import (
     CropSampler,
@@ -157,7 +157,7 @@ class TestCropSampler:
         ratio = crops.mean(dim=(1, 2, 3)) / usual.mean(dim=(1, 2, 3))
         dark = ratio < 0.999
         assert dark.float().mean().item() == pytest.approx(0.25, abs=0.08)
-        assert 1 / 8 <= ratio[dark].min() < ratio[dark].max() <= 1 / 2
+        assert 2**-2 <= ratio[dark].min() < ratio[dark].max() <= 2**-0.5
         assert torch.equal(crops[~dark], usual[~dark])
 
     def test_what_is_drawn_decides_the_digest(self, photos: list[Tensor]) -> None:
@@ -247,6 +247,16 @@ class TestDegradeEach:
         changed = (samples.degraded != clean).flatten(1).any(dim=1)
         assert changed.tolist() == [False, True, True, True]
         assert torch.equal(samples.clean, clean)
+
+    def test_some_of_the_noise_of_too_little_light_is_taken_back(self) -> None:
+        clean = torch.full((90, 3, 24, 24), 0.5)
+        samples = degrade_each(clean, 90 * [{"low_light": 0.8}], seeded())
+        noise = samples.degraded.std(dim=(1, 2, 3))
+        expected = degrade(clean[:1], "low_light", 0.8, seeded()).std()
+        assert (noise < 1e-4).float().mean().item() == pytest.approx(1 / 3, abs=0.1)
+        assert expected / 2 < noise.max() < 1.1 * expected
+        dark = 0.5 ** (1 + 0.6 * 0.8) * 2 ** (-3.3 * 0.8)
+        assert samples.degraded.mean(dim=(1, 2, 3)).tolist() == pytest.approx(90 * [dark], rel=0.02)
 
     def test_a_family_is_as_severe_as_its_worst_kind(self) -> None:
         clean = torch.rand(2, 3, 24, 24, generator=seeded())

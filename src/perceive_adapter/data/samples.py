@@ -20,7 +20,7 @@ from perceive_adapter.data.degradations import (
     KINDS,
     mix,
 )
-from perceive_adapter.data.degradations.sensor import recode
+from perceive_adapter.data.degradations.sensor import recode, underexpose
 from perceive_adapter.data.images import read_image
 from perceive_adapter.data.walking import unlisted, walk
 from perceive_adapter.errors import ConfigError, ImageError
@@ -151,7 +151,7 @@ class CropSampler:
     Args:
         photos: (3, H, W) uint8, of any sizes.
         largest: longest side in pixels to which a larger photograph is shrunk first.
-        dark: share of the crops that become dark scenes, by one to three stops. Photographs are
+        dark: share of the crops that become dark scenes, by half a stop to two. Photographs are
             seldom as dark as underexposure makes them, and a perceiver that never saw any takes
             every dark scene for underexposed.
 
@@ -232,6 +232,10 @@ def degrade_each(
 ) -> Samples:
     """Damage each image of a batch in its own way, and label it.
 
+    Of the noise that comes with too little light some is taken back, all of it in one image of
+    three, as cameras' software and reduced copies leave it. Darkness itself is what is to be told:
+    a perceiver that never saw it without noise takes real dark photographs for well exposed ones.
+
     Args:
         clean: (B, 3, H, W) in [0, 1].
         drawn: for each image the severity of each of its degradations, as
@@ -244,7 +248,12 @@ def degrade_each(
         if not rows:
             continue
         values = torch.tensor([drawn[row][name] for row in rows])
-        degraded[rows] = mix(degraded[rows], {name: values}, generator)
+        damaged = mix(degraded[rows], {name: values}, generator)
+        if name == "low_light":
+            exposed = underexpose(degraded[rows], values.view(-1, 1, 1, 1))
+            noise = 1.5 * torch.rand(len(rows), 1, 1, 1, generator=generator) - 0.5
+            damaged = exposed.lerp(damaged, noise.clamp(min=0))
+        degraded[rows] = damaged
         severity[rows, KINDS.index(KIND_OF[name])] = values
     return Samples(clean, degraded, severity)
 
@@ -358,7 +367,7 @@ def _relight(crops: Tensor, generator: torch.Generator) -> Tensor:
 def _darken(crops: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Make a share of the crops dark scenes, without the noise of a sensor that sees too little."""
     chosen, stops = torch.rand(2, len(crops), 1, 1, 1, generator=generator)
-    return torch.where(chosen < share, crops * torch.exp2(-1 - 2 * stops), crops)
+    return torch.where(chosen < share, crops * torch.exp2(-0.5 - 1.5 * stops), crops)
 
 
 def integer_below(limit: int, generator: torch.Generator) -> int:

@@ -13,7 +13,15 @@ from torch import Tensor
 from .draws import normal, uniform
 from .optics import convolve
 
-__all__ = ["correlated_noise", "gaussian_noise", "jpeg", "low_light", "poisson_noise", "recode"]
+__all__ = [
+    "correlated_noise",
+    "gaussian_noise",
+    "jpeg",
+    "low_light",
+    "poisson_noise",
+    "recode",
+    "underexpose",
+]
 
 _MID_GRAY = 0.45
 
@@ -53,9 +61,14 @@ def correlated_noise(image: Tensor, severity: Tensor, generator: torch.Generator
 
 def low_light(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
     """Underexposure by up to 3.3 stops, crushed shadows, and the sensor's shot and read noise."""
-    exposed = torch.exp2(-3.3 * severity) * image.pow(1 + 0.6 * severity)
+    exposed = underexpose(image, severity)
     variance = severity * (2e-4 * exposed + (2 / 255) ** 2 * severity)
     return exposed + variance.sqrt() * normal(image.shape, image, generator)
+
+
+def underexpose(image: Tensor, severity: Tensor) -> Tensor:
+    """What :func:`low_light` leaves where its noise is removed."""
+    return torch.exp2(-3.3 * severity) * image.pow(1 + 0.6 * severity)
 
 
 def jpeg(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
