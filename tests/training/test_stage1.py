@@ -194,7 +194,7 @@ def test_graded_images_teach_what_lies_between_the_tiers() -> None:
         train_perceiver(learner, folds(), recipe=replace(recipe(60, side=64), graded=graded))
         logits = learner.tier_logits(learner.embed(images))
         wrong.append(float(torch.nn.functional.cross_entropy(logits, shares)))
-    assert wrong[1] < 0.9 * wrong[0]
+    assert wrong[1] < 0.95 * wrong[0]
 
 
 @pytest.mark.parametrize("tiers", [2, 3, 5])
