@@ -57,6 +57,7 @@ MODEL_METHODS = {
     "restore": "image *tile=None *overlap=32 *batch_size=1 *perception",
     "save_pretrained": "folder *figures=None",
     "set_adapter": "name",
+    "state_dict": "*args **kwargs",
     "status": "",
     "train": "mode=True",
     "treat": "*degradations",
