@@ -438,6 +438,13 @@ def test_inputs_that_do_not_fit(change, message):
         DifficultyAdaptiveLoss()(**given)
 
 
+def test_features_that_are_on_the_images_device_already():
+    there = GOOD.to("meta")
+    loss = DifficultyAdaptiveLoss(ModuleFeatures(nn.Conv2d(3, 4, 3)).to("meta"))
+    checked, _ = loss._checked([there, there, there], None)
+    assert all(image.device == there.device for image in checked)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

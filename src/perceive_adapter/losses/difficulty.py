@@ -203,8 +203,9 @@ class DifficultyAdaptiveLoss(nn.Module):
         return found, mask
 
     def _here(self, name: str, image: Tensor) -> Tensor:
-        """Return the first image as (B, 3, H, W), if it is where the loss is."""
-        image, here = check_image(name, image), self.reference_psnr.device
+        """Return the first image as (B, 3, H, W), if it is where the features are."""
+        image = check_image(name, image)
+        here = next(self.features.buffers(), self.reference_psnr).device
         if image.device != here:
             raise LossInputError(
                 f"{name} is on {image.device}, the loss is on {here}: "
