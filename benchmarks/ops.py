@@ -65,9 +65,9 @@ def step_by_step(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
 
 
 def together(x: Tensor, low: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    layout, gated = Layout(), up * gate[:, None]
-    wide, narrow = (layout.rows(maps, len(gated)) for maps in (x, low))
-    return layout.from_rows(add_low_rank(wide, narrow, gated), x)
+    layout = Layout()
+    wide, narrow = (layout.rows(maps, len(gate)) for maps in (x, low))
+    return layout.from_rows(add_low_rank(wide, narrow, up, gate), x)
 
 
 OPERATIONS = {

@@ -13,20 +13,29 @@ from triton.runtime.jit import JITFunction
 from perceive_adapter.ops.kernels import distances, low_rank, sums
 
 TARGET = GPUTarget("cuda", 90, 32)
-LOW_RANK = [
-    {"BLOCK_C": c, "BLOCK_N": n, "BLOCK_R": r, "WIDE": False}
-    for c, n, r in ((64, 64, 16), (512, 32, 64))
+FORWARD = [
+    {"BLOCK_C": c, "BLOCK_N": n, "BLOCK_R": r, "GATED": gated, "WIDE": False}
+    for c, n, r, gated in ((16, 128, 16, True), (64, 64, 64, True), (16, 128, 16, False))
 ]
+BACKWARD = [
+    {"BLOCK_C": c, "BLOCK_N": n, "BLOCK_R": r, "AHEAD": 3, "GATED": gated, "WIDE": False}
+    for c, n, r, gated in ((64, 128, 16, True), (512, 32, 64, True), (64, 128, 16, False))
+]
+APART = [{**options, "UP_C": 64, "UP_N": 128} for options in BACKWARD]
+OF_UP = ("sums_ptr", "gate_sums_ptr", "up_ptr")  # in single precision, as parameters are
 DISTANCES = [{"BLOCK_N": 4, "BLOCK": 1024}]
 AHEAD = [
     {"BLOCK_N": n, "BLOCK": 4096 // n, "AHEAD": ahead} for n, ahead in ((4, 4), (1, 2), (8, 1))
 ]
+SUMS = [{"BLOCK_P": 64, "BLOCK": 32}]
 KERNELS = (
-    (low_rank._forward, LOW_RANK, ()),
-    (low_rank._backward, LOW_RANK, ("sums_ptr",)),
+    (low_rank._forward, FORWARD, ("up_ptr",)),
+    (low_rank._backward, BACKWARD, OF_UP),
+    (low_rank._backward_apart, APART, OF_UP),
     (distances._forward, AHEAD, ("sums_ptr",)),
     (distances._backward, DISTANCES, ("grad_ptr",)),
-    (sums._sum, [{"BLOCK_P": 64, "BLOCK": 32}], ("parts_ptr",)),
+    (sums._sum, SUMS, ("parts_ptr",)),
+    (sums._sum_both, SUMS, ("parts_ptr", "other_parts_ptr")),
 )
 
 
@@ -38,6 +47,8 @@ def compile_kernel(
     Pointers named in ``single`` are to single precision.
     """
     known, signature = dict(constants), {}
+    if "LAST" in kernel.arg_names:
+        known["LAST"] = unit == "_c"
     for name in kernel.arg_names:
         if name.endswith("_ptr"):
             signature[name] = "*fp32" if name in single else "*bf16"

@@ -99,7 +99,7 @@ def results(run: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, .
     """The output and the gradients of all leaves."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     output = run(*leaves)
-    weight = random(*output.shape, seed=9).to(output.dtype)
+    weight = random(*output.shape, seed=9).bfloat16().to(output.dtype)  # the same in all of them
     return (output.detach(), *torch.autograd.grad(output, leaves, weight))
 
 
@@ -111,22 +111,48 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
 @DTYPES
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rank", [1, 4, 20])
-def test_add_low_rank(shape: tuple[int, ...], layout: str, dtype: torch.dtype, rank: int) -> None:
+def test_add_low_rank(
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Either backward pass, whatever cache this machine has.
+    monkeypatch.setattr(low_rank_kernels, "fits_in_cache", lambda _: rank != 4)
     x, axis = laid_out(random(*shape, seed=0), layout)
     low, _ = laid_out(random(shape[0], rank, *shape[2:], seed=1), layout)
-    gated = random(shape[0] if rank > 1 else 1, shape[1], rank, seed=2)
-    leaves = [value.to(dtype) for value in (x, low, gated)]
-    compare(in_rows(add_low_rank, axis), in_rows(low_rank.reference, axis), leaves)
+    images = shape[0] if rank > 1 else 1
+    gated = [random(images, shape[1], rank, seed=2)]
+    gates = [random(shape[1], rank, seed=2), random(images, rank, seed=3)]
+    for factors in (gated, gates):
+        leaves = [value.to(dtype) for value in (x, low, *factors)]
+        compare(in_rows(add_low_rank, axis), in_rows(low_rank.reference, axis), leaves)
 
 
 def in_rows(run: Callable[..., Tensor], axis: int) -> Callable[..., Tensor]:
     layout = Layout(0, axis)
 
-    def of_maps(x: Tensor, low: Tensor, gated: Tensor) -> Tensor:
-        wide, narrow = (layout.rows(maps, len(gated)) for maps in (x, low))
-        return layout.from_rows(run(wide, narrow, gated), x)
+    def of_maps(x: Tensor, low: Tensor, *factors: Tensor) -> Tensor:
+        wide, narrow = (layout.rows(maps, len(factors[-1])) for maps in (x, low))
+        return layout.from_rows(run(wide, narrow, *factors), x)
 
     return of_maps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_factors_in_single_precision(dtype: torch.dtype) -> None:
+    """As autocast has them: a product in the features' dtype, gradients in each factor's own."""
+    leaves = [random(2, 5, 42, seed=0).to(dtype), random(2, 3, 42, seed=1).to(dtype)]
+    up, gate = random(5, 3, seed=2).float(), random(2, 3, seed=3)
+    for factors in ([up, gate.to(dtype)], [up, gate.float()], [up.expand(2, -1, -1).clone()]):
+        compare(add_low_rank, cast_reference, [*leaves, *factors])
+        found = results(add_low_rank, [*leaves, *factors])
+        assert [x.dtype for x in found[1:]] == [x.dtype for x in (*leaves, *factors)]
+
+
+def cast_reference(x: Tensor, low: Tensor, *factors: Tensor) -> Tensor:
+    return low_rank.reference(x, low, *(factor.to(x.dtype) for factor in factors))
 
 
 @DTYPES
@@ -151,15 +177,19 @@ def test_memory_formats_are_kept(dtype: torch.dtype) -> None:
         assert in_rows(add_low_rank, axis)(x, low, gated).stride() == x.stride()
 
 
-def test_the_same_bits_twice() -> None:
+def test_the_same_bits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     x, low = (random(2, c, 2145, seed=0).float().requires_grad_() for c in (20, 3))
     gated = random(2, 20, 3, seed=1).float().requires_grad_()
+    gate = random(2, 3, seed=3).float().requires_grad_()
     references = random(2, 2, 20, 2145, seed=2).float()
-    for run in (
-        lambda: add_low_rank(x, low, gated).square().mean(),
-        lambda: reference_distances(x, references).square().sum(),
+    leaves = (x, low, gated, gate)
+    for apart, run in (
+        (False, lambda: add_low_rank(x, low, gated).square().mean()),
+        (False, lambda: add_low_rank(x, low, gated[0], gate).square().mean()),
+        (True, lambda: add_low_rank(x, low, gated[0], gate).square().mean()),
+        (False, lambda: reference_distances(x, references).square().sum()),
     ):
-        leaves = (x, low, gated)
+        monkeypatch.setattr(low_rank_kernels, "fits_in_cache", lambda _, apart=apart: apart)
         one, two = (torch.autograd.grad(run(), leaves, allow_unused=True) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True) if a is not None)
 
@@ -174,19 +204,24 @@ def test_the_products_are_counted() -> None:
 def test_empty_batches() -> None:
     x, low = torch.empty(0, 4, 20, device=DEVICE), torch.empty(0, 2, 20, device=DEVICE)
     gated = torch.ones(1, 4, 2, device=DEVICE).requires_grad_()
+    up, gate = (torch.ones(*size, device=DEVICE).requires_grad_() for size in ((4, 2), (0, 2)))
     x.requires_grad_()
-    add_low_rank(x, low, gated).sum().backward()
-    assert x.grad is not None
-    assert gated.grad is not None
-    assert not gated.grad.any()
+    (add_low_rank(x, low, gated) + add_low_rank(x, low, up, gate)).sum().backward()
+    for leaf in (x, gated, up, gate):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
     assert reference_distances(x, x.expand(2, 0, 4, 20)).shape == (2, 0)
 
 
 def test_programs_that_go_through_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernels in (low_rank_kernels, distance_kernels):
         monkeypatch.setattr(kernels, "_PROGRAMS", 2)
-    x, low = random(1, 3, 2001, seed=0).float(), random(1, 2, 2001, seed=1).float()
-    compare(add_low_rank, low_rank.reference, [x, low, random(1, 3, 2, seed=2).float()])
+    x, low = random(1, 130, 2001, seed=0).float(), random(1, 2, 2001, seed=1).float()
+    for factors in ([(1, 130, 2)], [(130, 2), (1, 2)]):
+        leaves = [x, low, *(random(*size, seed=2).float() for size in factors)]
+        for apart in (True, False):
+            monkeypatch.setattr(low_rank_kernels, "fits_in_cache", lambda _, apart=apart: apart)
+            compare(add_low_rank, low_rank.reference, leaves)
     references = random(2, 1, 9, 2001, seed=3).float()
     compare(
         lambda x: reference_distances(x, references),
@@ -210,7 +245,9 @@ def test_ops_are_registered_as_they_behave(monkeypatch: pytest.MonkeyPatch) -> N
             x, low = (v.transpose(1, 2).contiguous().transpose(1, 2) for v in (x, low))
         x.requires_grad_()
         gated = random(2, 6, 3, seed=3).float().requires_grad_()
-        torch.library.opcheck(low_rank_kernels.add_product, (x, low, gated))
+        torch.library.opcheck(low_rank_kernels.add_product, (x, low, gated, None))
+        gate = random(2, 3, seed=4).float().requires_grad_()
+        torch.library.opcheck(low_rank_kernels.add_product, (x, low, gated[0].detach(), gate))
         references = random(3, 2, 114, seed=5).float()
         rows = x.detach().reshape(2, 114).requires_grad_()
         torch.library.opcheck(distance_kernels._measure, (rows, references))

@@ -20,6 +20,9 @@ def test_gradients(batch: int) -> None:
     x, low, gated = drawn(2, 5, 12), drawn(2, 3, 12, seed=3), drawn(batch, 5, 3, seed=4)
     assert torch.autograd.gradcheck(low_rank.reference, (x, low, gated))
     assert torch.autograd.gradcheck(add_low_rank, (x, low, gated))
+    gate = drawn(batch, 3, seed=6)
+    for run in (low_rank.reference, add_low_rank):
+        assert torch.autograd.gradcheck(run, (x, low, drawn(5, 3, seed=7), gate))
     references = drawn(3, *SIZE, seed=5).detach()
     assert torch.autograd.gradcheck(lambda x: distances.reference(x, references), (drawn(*SIZE),))
 
@@ -28,6 +31,8 @@ def test_by_hand() -> None:
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # two channels, two positions
     low, gated = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[5.0], [10.0]]])
     assert add_low_rank(x, low, gated).flatten().tolist() == [6, -3, 13, -6]
+    gate = torch.tensor([[2.0]])
+    assert add_low_rank(x, low, gated[0], gate).flatten().tolist() == [11, -8, 23, -16]
     assert reference_distances(x, torch.stack([x + 1, x - 2])).tolist() == [[1], [2]]
 
 

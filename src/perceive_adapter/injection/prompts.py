@@ -169,15 +169,19 @@ class GatedLowRank(nn.Module):
             low = self.down(source.to(self.down.weight.dtype))
         else:
             low = with_weight(self.down, source, down)
-        matrices = self.gated(condition) if gated is None else gated
-        wide, narrow = (self.layout.rows(x, matrices.shape[0]) for x in (features, low))
-        of_rows = self.layout.per_row(matrices, wide.shape[0])
-        if wide.shape[2] == 1 or (self.layout.batch_axis == 1 and wide.shape[0] > 1):
+        wide, narrow = (self.layout.rows(x, condition.shape[0]) for x in (features, low))
+        rows = wide.shape[0]
+        if wide.shape[2] == 1 or (self.layout.batch_axis == 1 and rows > 1):
             # Only a sum by elements has the strides that the features have.
-            raised = torch.matmul(of_rows.to(narrow.dtype), narrow)
+            matrices = self.layout.per_row(self.gated(condition) if gated is None else gated, rows)
+            raised = torch.matmul(matrices.to(narrow.dtype), narrow)
             return features + self.layout.from_rows(raised, features).to(features.dtype)
-        rows = add_low_rank(wide, narrow, of_rows, in_place=in_place)
-        return self.layout.from_rows(rows, features)
+        if gated is None:
+            up, gate = self.up.weight.flatten(1), self.layout.per_row(self.gate(condition), rows)
+        else:
+            up, gate = self.layout.per_row(gated, rows), None
+        added = add_low_rank(wide, narrow, up, gate, in_place=in_place)
+        return self.layout.from_rows(added, features)
 
     def gated(self, condition: Tensor) -> Tensor:
         """Return ``up diag(gate)`` for each image, (B, channels, R)."""

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceive_adapter.ops.kernels.device import stages
 from perceive_adapter.ops.kernels.sums import summed
 
 __all__ = ["distances_to_rows"]
@@ -16,7 +17,6 @@ __all__ = ["distances_to_rows"]
 _BLOCK = 4096  # numbers of all references that a program holds at once
 _PROGRAMS = 264  # of the forward pass, about: two for each multiprocessor of a large GPU
 _AHEAD = 4  # tiles in flight: the next are read while one is added up
-_SHARED = 48 * 2**10  # bytes that every GPU has for them
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _measure(x: Tensor, references: Tensor) -> Tensor:
     tiles = triton.cdiv(size, block)
     splits = triton.cdiv(tiles, triton.cdiv(tiles * batch, _PROGRAMS))  # alike in tiles
     bytes_of_tile = (x.itemsize + block_n * references.itemsize) * block
-    ahead = max(1, min(_AHEAD, _SHARED // bytes_of_tile))
+    ahead = stages(x.device, bytes_of_tile, _AHEAD)
     sums = x.new_empty((splits, count, batch), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _forward[(batch * splits,)](

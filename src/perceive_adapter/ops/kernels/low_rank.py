@@ -1,9 +1,9 @@
-"""``features + gated @ low`` of (B, C, N), (B, C, R) and (B, R, N)."""
+"""``features + up diag(gate) @ low`` of (B, C, N), (B, C, R), (B, R) and (B, R, N)."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,21 +12,24 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from perceive_adapter.ops.dispatch import INTERPRETED
-from perceive_adapter.ops.kernels.sums import summed
+from perceive_adapter.ops.kernels.device import fits_in_cache, stages
+from perceive_adapter.ops.kernels.sums import summed, summed_both
 
 __all__ = ["add_product", "takes"]
 
 _MAX_RANK, _MAX_CHANNELS = 64, 1024
 _LEAST = 16  # the smallest side of a matrix that tensor cores take
-_PROGRAMS = 512  # of the backward pass, about: four for each multiprocessor of a large GPU
+_PROGRAMS = 264  # of the backward pass at once, about: two for each multiprocessor of a large GPU
+_PARTS = 4  # of the positions, where the gradients of both factors have programs of their own
 
 
 @triton.jit
 def _forward(
-    x_ptr, low_ptr, gated_ptr, out_ptr,
+    x_ptr, low_ptr, up_ptr, gate_ptr, out_ptr,
     channels, positions, rank,
-    x_b, x_c, x_n, out_b, out_c, out_n, low_b, low_r, low_n, gated_b, gated_c, gated_r,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
+    x_b, x_c, x_n, out_b, out_c, out_n, low_b, low_r, low_n, up_b, up_c, up_r, gate_b, gate_r,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(positions, BLOCK_N)
     tiles_c = tl.cdiv(channels, BLOCK_C)
@@ -36,53 +39,196 @@ def _forward(
     n = (program // tiles_c) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     c = program % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     r = tl.arange(0, BLOCK_R).to(tl.int64)
-    in_c, in_n, in_r = c < channels, n < positions, r < rank
-    place = gated_ptr + row * gated_b + c[:, None] * gated_c + r[None, :] * gated_r
-    gated = tl.load(place, mask=in_c[:, None] & in_r[None, :], other=0)
-    place = low_ptr + row * low_b + r[:, None] * low_r + n[None, :] * low_n
-    low = tl.load(place, mask=in_r[:, None] & in_n[None, :], other=0)
+    if LAST:  # (n, r) @ (r, c), so that the product's rows are dense as those of the features
+        c, n, r_c, r_n = c[None, :], n[:, None], r[:, None], r[None, :]
+    else:
+        c, n, r_c, r_n = c[:, None], n[None, :], r[None, :], r[:, None]
+    in_c, in_n = c < channels, n < positions
+    place = up_ptr + row * up_b + c * up_c + r_c * up_r
+    up = tl.load(place, mask=in_c & (r_c < rank), other=0)
+    if GATED:
+        gate = tl.load(gate_ptr + row * gate_b + r_c * gate_r, mask=r_c < rank, other=0)
+        up = up.to(tl.float32) * gate.to(tl.float32)
+    place = low_ptr + row * low_b + r_n * low_r + n * low_n
+    low = tl.load(place, mask=(r_n < rank) & in_n, other=0)
     if WIDE:
-        gated, low = gated.to(tl.float32), low.to(tl.float32)
-    raised = tl.dot(gated, low, input_precision="ieee")
-    mask = in_c[:, None] & in_n[None, :]
-    x = tl.load(x_ptr + row * x_b + c[:, None] * x_c + n[None, :] * x_n, mask=mask, other=0)
-    place = out_ptr + row * out_b + c[:, None] * out_c + n[None, :] * out_n
+        low = low.to(tl.float32)
+    up = up.to(low.dtype)
+    if LAST:
+        first, second = low, up
+    else:
+        first, second = up, low
+    raised = tl.dot(first, second, input_precision="ieee")
+    mask = in_c & in_n
+    x = tl.load(x_ptr + row * x_b + c * x_c + n * x_n, mask=mask, other=0)
+    place = out_ptr + row * out_b + c * out_c + n * out_n
     tl.store(place, (x.to(tl.float32) + raised).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _backward(
-    grad_ptr, low_ptr, gated_ptr, of_low_ptr, sums_ptr,
-    channels, positions, rank, splits, batch,
-    grad_b, grad_c, grad_n, low_b, low_r, low_n, of_low_b, of_low_r, of_low_n,
-    gated_b, gated_c, gated_r,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
+def _load_up(
+    up_ptr, c, channels, rank, up_c, up_r, BLOCK_R: tl.constexpr, LAST: tl.constexpr
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row, split = program // splits, program % splits
-    c = tl.arange(0, BLOCK_C).to(tl.int64)
     r = tl.arange(0, BLOCK_R).to(tl.int64)
-    in_c, in_r = c < channels, r < rank
-    from_gated = gated_ptr + row * gated_b + c[None, :] * gated_c + r[:, None] * gated_r
-    gated = tl.load(from_gated, mask=in_r[:, None] & in_c[None, :], other=0)
-    if WIDE:
-        gated = gated.to(tl.float32)
-    of_gated = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
-    for tile in range(split, tl.cdiv(positions, BLOCK_N), splits):
+    if LAST:
+        c, r = c[:, None], r[None, :]
+    else:
+        c, r = c[None, :], r[:, None]
+    return tl.load(up_ptr + c * up_c + r * up_r, mask=(c < channels) & (r < rank), other=0)
+
+
+@triton.jit
+def _lowered(up, grad, LAST: tl.constexpr):
+    """Of (C, N): (N, R) with channels last, so that rows stay dense, else (R, N)."""
+    if LAST:
+        first, second = tl.trans(grad), up
+    else:
+        first, second = up, grad
+    return tl.dot(first, second, input_precision="ieee")
+
+
+@triton.jit
+def _store_low(
+    of_low, of_low_ptr, gate_ptr, n, positions, rank, of_low_r, of_low_n, gate_r,
+    BLOCK_R: tl.constexpr, GATED: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    if LAST:
+        n, r = n[:, None], r[None, :]
+    else:
+        n, r = n[None, :], r[:, None]
+    if GATED:
+        of_low *= tl.load(gate_ptr + r * gate_r, mask=r < rank, other=0).to(tl.float32)
+    of_low = of_low.to(of_low_ptr.dtype.element_ty)
+    place = of_low_ptr + r * of_low_r + n * of_low_n
+    tl.store(place, of_low, mask=(r < rank) & (n < positions))
+
+
+@triton.jit
+def _store_up(
+    of_up, up_ptr, gate_ptr, sums_ptr, gate_sums_ptr, c, channels, rank, up_c, up_r, gate_r,
+    BLOCK_R: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    in_r = r < rank
+    if GATED:
+        # The gate's gradient is what up's would be without the gate, times up.
+        up = _load_up(up_ptr, c, channels, rank, up_c, up_r, BLOCK_R, True).to(tl.float32)
+        tl.store(gate_sums_ptr + r, tl.sum(of_up * up, axis=0), mask=in_r)
+        of_up *= tl.load(gate_ptr + r * gate_r, mask=in_r, other=0).to(tl.float32)[None, :]
+    mask = (c < channels)[:, None] & in_r[None, :]
+    tl.store(sums_ptr + c[:, None] * rank + r[None, :], of_up, mask=mask)
+
+
+@triton.jit
+def _load_grad(grad_ptr, c, n, channels, positions, grad_c, grad_n):
+    mask = (c < channels)[:, None] & (n < positions)[None, :]
+    return tl.load(grad_ptr + c[:, None] * grad_c + n[None, :] * grad_n, mask=mask, other=0)
+
+
+@triton.jit
+def _load_low(low_ptr, n, positions, rank, low_r, low_n, BLOCK_R: tl.constexpr):
+    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask = (n < positions)[:, None] & (r < rank)[None, :]
+    return tl.load(low_ptr + n[:, None] * low_n + r[None, :] * low_r, mask=mask, other=0)
+
+
+@triton.jit
+def _backward(
+    grad_ptr, low_ptr, up_ptr, gate_ptr, of_low_ptr, sums_ptr, gate_sums_ptr,
+    channels, positions, rank, parts, batch,
+    grad_b, grad_c, grad_n, low_b, low_r, low_n, of_low_b, of_low_r, of_low_n,
+    up_b, up_c, up_r, gate_b, gate_r,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
+    GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """All gradients by one reading: each program takes all channels of some positions."""
+    program = tl.program_id(0).to(tl.int64)
+    row, part = program // parts, program % parts
+    up_ptr += row * up_b
+    if GATED:
+        gate_ptr += row * gate_b
+    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    up = _load_up(up_ptr, c, channels, rank, up_c, up_r, BLOCK_R, LAST)
+    up = up.to(tl.float32 if WIDE else grad_ptr.dtype.element_ty)
+    of_up = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
+    for tile in tl.range(part, tl.cdiv(positions, BLOCK_N), parts, num_stages=AHEAD):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        in_n = n < positions
-        from_grad = grad_ptr + row * grad_b + c[:, None] * grad_c + n[None, :] * grad_n
-        grad = tl.load(from_grad, mask=in_c[:, None] & in_n[None, :], other=0)
-        from_low = low_ptr + row * low_b + n[:, None] * low_n + r[None, :] * low_r
-        low = tl.load(from_low, mask=in_n[:, None] & in_r[None, :], other=0)
+        grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n)
+        low = _load_low(low_ptr + row * low_b, n, positions, rank, low_r, low_n, BLOCK_R)
         if WIDE:
             grad, low = grad.to(tl.float32), low.to(tl.float32)
-        of_gated += tl.dot(grad, low, input_precision="ieee")
-        of_low = tl.dot(gated, grad, input_precision="ieee").to(of_low_ptr.dtype.element_ty)
-        to_low = of_low_ptr + row * of_low_b + r[:, None] * of_low_r + n[None, :] * of_low_n
-        tl.store(to_low, of_low, mask=in_r[:, None] & in_n[None, :])
-    to_sums = sums_ptr + (split * batch + row) * channels * rank + c[:, None] * rank + r[None, :]
-    tl.store(to_sums, of_gated, mask=in_c[:, None] & in_r[None, :])
+        of_up += tl.dot(grad, low, input_precision="ieee")
+        _store_low(
+            _lowered(up, grad, LAST), of_low_ptr + row * of_low_b, gate_ptr, n, positions, rank,
+            of_low_r, of_low_n, gate_r, BLOCK_R, GATED, LAST,
+        )  # fmt: skip
+    place = part * batch + row
+    if GATED:
+        gate_sums_ptr += place * rank
+    _store_up(
+        of_up, up_ptr, gate_ptr, sums_ptr + place * channels * rank, gate_sums_ptr,
+        c, channels, rank, up_c, up_r, gate_r, BLOCK_R, GATED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward_apart(
+    grad_ptr, low_ptr, up_ptr, gate_ptr, of_low_ptr, sums_ptr, gate_sums_ptr,
+    channels, positions, rank, parts, batch,
+    grad_b, grad_c, grad_n, low_b, low_r, low_n, of_low_b, of_low_r, of_low_n,
+    up_b, up_c, up_r, gate_b, gate_r,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, UP_C: tl.constexpr, UP_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
+    GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """All gradients by two readings, side by side: more and shorter programs.
+
+    Some take a few channels and give the gradients of ``up`` and the gate, the others take a few
+    positions and give that of ``low``.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tiles_c = tl.cdiv(channels, UP_C)
+    of_ups = batch * tiles_c * parts
+    if program < of_ups:
+        part, tile_c = program % parts, program // parts % tiles_c
+        row = program // (parts * tiles_c)
+        c = tile_c * UP_C + tl.arange(0, UP_C).to(tl.int64)
+        of_up = tl.zeros([UP_C, BLOCK_R], dtype=tl.float32)
+        for tile in tl.range(part, tl.cdiv(positions, UP_N), parts, num_stages=AHEAD):
+            n = tile * UP_N + tl.arange(0, UP_N).to(tl.int64)
+            grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n)
+            low = _load_low(low_ptr + row * low_b, n, positions, rank, low_r, low_n, BLOCK_R)
+            if WIDE:
+                grad, low = grad.to(tl.float32), low.to(tl.float32)
+            of_up += tl.dot(grad, low, input_precision="ieee")
+        if GATED:
+            gate_ptr += row * gate_b
+            gate_sums_ptr += ((part * tiles_c + tile_c) * batch + row) * rank
+        _store_up(
+            of_up, up_ptr + row * up_b, gate_ptr,
+            sums_ptr + (part * batch + row) * channels * rank, gate_sums_ptr,
+            c, channels, rank, up_c, up_r, gate_r, BLOCK_R, GATED,
+        )  # fmt: skip
+    else:
+        tiles_n = tl.cdiv(positions, BLOCK_N)
+        row = (program - of_ups) // tiles_n
+        n = (program - of_ups) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        shape: tl.constexpr = [BLOCK_N, BLOCK_R] if LAST else [BLOCK_R, BLOCK_N]
+        of_low = tl.zeros(shape, dtype=tl.float32)
+        for start in tl.range(0, channels, BLOCK_C, num_stages=AHEAD):
+            c = start + tl.arange(0, BLOCK_C).to(tl.int64)
+            grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n)
+            up = _load_up(up_ptr + row * up_b, c, channels, rank, up_c, up_r, BLOCK_R, LAST)
+            if WIDE:
+                grad = grad.to(tl.float32)
+            of_low += _lowered(up.to(grad.dtype), grad, LAST)
+        if GATED:
+            gate_ptr += row * gate_b
+        _store_low(
+            of_low, of_low_ptr + row * of_low_b, gate_ptr, n, positions, rank,
+            of_low_r, of_low_n, gate_r, BLOCK_R, GATED, LAST,
+        )  # fmt: skip
 
 
 def _block(size: int, largest: int) -> int:
@@ -90,53 +236,116 @@ def _block(size: int, largest: int) -> int:
 
 
 @torch.library.custom_op("perceive_adapter::add_low_rank", mutates_args=())
-def add_product(x: Tensor, low: Tensor, gated: Tensor) -> Tensor:
-    """Return ``x + gated @ low``; x (B, C, N), low (B, R, N), gated (B, C, R), all of one dtype."""
+def add_product(x: Tensor, low: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
+    """Return ``x + up @ low``, or ``x + up diag(gate) @ low``.
+
+    Args:
+        x: (B, C, N).
+        low: (B, R, N), of the dtype of ``x``.
+        up: (B, C, R), or with a gate (C, R).
+        gate: (B, R), or (1, R) for all.
+    """
     out = torch.empty_like(x)
     if x.numel():
         batch, channels, positions = x.shape
-        block_c, block_n = _block(channels, 64), _block(positions, 64)
+        rank = low.shape[1]
+        last = x.stride(1) == 1
+        # Each tile reads the low-rank features: it has at least as many channels of its own.
+        block_c = _block(channels, 64 if last else _block(rank, _MAX_RANK))
+        block_n = _block(positions, 128 if block_c == _LEAST else 64)
         grid = (batch * triton.cdiv(channels, block_c) * triton.cdiv(positions, block_n),)
         with torch.cuda.device_of(x):
             _forward[grid](
-                x, low, gated, out, channels, positions, low.shape[1],
-                *x.stride(), *out.stride(), *low.stride(), *gated.stride(),
-                BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(low.shape[1], _MAX_RANK),
+                x, low, up, gate, out, channels, positions, rank,
+                *x.stride(), *out.stride(), *low.stride(), *_strides(up, gate),
+                BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(rank, _MAX_RANK),
+                GATED=gate is not None, LAST=last,
                 WIDE=INTERPRETED,  # the interpreter multiplies no bfloat16 matrices
+                num_warps=2 if block_c * block_n <= 2048 else 4,
             )  # fmt: skip
     return out
 
 
+def _strides(up: Tensor, gate: Tensor | None) -> tuple[int, ...]:
+    """What the kernels take of them: along batch, channels and rank, and along batch and rank."""
+    if gate is None:
+        return (*up.stride(), 0, 0)
+    return (0, *up.stride(), 0 if gate.shape[0] == 1 else gate.stride(0), gate.stride(1))
+
+
+def _gate_like(up: Tensor, gate: Tensor | None) -> Tensor:
+    return up.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+
+
+class _Launch(NamedTuple):
+    """One of the two backward kernels, how many programs, and into how many sums they write."""
+
+    kernel: Any
+    programs: int
+    parts: int
+    gate_parts: int
+    options: dict[str, int]
+
+
+def _apart(grad: Tensor, rank: int) -> _Launch:
+    batch, channels, positions = grad.shape
+    block_c, block_n, up_c, up_n = 64 if channels % 128 else 128, 64, 64, 128
+    tiles_c, parts = triton.cdiv(channels, up_c), min(_PARTS, triton.cdiv(positions, up_n))
+    blocks = {"BLOCK_C": block_c, "BLOCK_N": block_n, "UP_C": up_c, "UP_N": up_n}
+    tile = (up_c + _block(rank, _MAX_RANK)) * up_n * grad.itemsize
+    options = {"AHEAD": stages(grad.device, tile, 2 if block_c == 128 else 3), "num_warps": 4}
+    programs = batch * (tiles_c * parts + triton.cdiv(positions, block_n))
+    return _Launch(_backward_apart, programs, parts, parts * tiles_c, blocks | options)
+
+
+def _together(grad: Tensor, rank: int) -> _Launch:
+    batch, channels, positions = grad.shape
+    block_c = _block(channels, _MAX_CHANNELS)
+    block_n = _block(positions, max(_LEAST, min(128, 16384 // block_c)))
+    parts = min(triton.cdiv(positions, block_n), triton.cdiv(_PROGRAMS, batch))
+    parts = min(parts, max(16, positions // (16 * rank)))  # sums stay small
+    tile = (block_c + _block(rank, _MAX_RANK)) * block_n * grad.itemsize
+    warps = 4 if block_c <= 256 else 8
+    options = {"AHEAD": stages(grad.device, tile, 3), "num_warps": warps}
+    blocks = {"BLOCK_C": block_c, "BLOCK_N": block_n}
+    return _Launch(_backward, batch * parts, parts, parts, blocks | options)
+
+
 @torch.library.custom_op("perceive_adapter::add_low_rank_backward", mutates_args=())
-def _gradients(grad: Tensor, low: Tensor, gated: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``low`` and of ``gated``."""
+def _gradients(
+    grad: Tensor, low: Tensor, up: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``low``, ``up`` and ``gate``, the last one empty without a gate."""
     of_low = torch.empty_like(low)
     batch, channels, positions = grad.shape
+    rank = low.shape[1]
     if not grad.numel():
-        return of_low, gated.new_zeros(gated.shape)
-    block_c = _block(channels, _MAX_CHANNELS)
-    block_n = _block(positions, max(_LEAST, min(64, 16384 // block_c)))
-    splits = min(triton.cdiv(positions, block_n), triton.cdiv(_PROGRAMS, batch))
-    splits = min(splits, max(16, positions // (16 * low.shape[1])))  # sums stay small
-    sums = grad.new_empty((splits, *gated.shape), dtype=torch.float32)
+        return of_low, up.new_zeros(up.shape), _gate_like(up, gate).zero_()
+    launch = (_apart if fits_in_cache(grad) else _together)(grad, rank)
+    sums = grad.new_empty((launch.parts, batch, channels, rank), dtype=torch.float32)
+    gate_sums = grad.new_empty((launch.gate_parts, batch, rank), dtype=torch.float32)
     with torch.cuda.device_of(grad):
-        _backward[(batch * splits,)](
-            grad, low, gated, of_low, sums, channels, positions, low.shape[1], splits, batch,
-            *grad.stride(), *low.stride(), *of_low.stride(), *gated.stride(),
-            BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(low.shape[1], _MAX_RANK),
-            WIDE=INTERPRETED, num_warps=4 if block_c <= 256 else 8,
+        launch.kernel[(launch.programs,)](
+            grad, low, up, gate, of_low, sums, gate_sums,
+            channels, positions, rank, launch.parts, batch,
+            *grad.stride(), *low.stride(), *of_low.stride(), *_strides(up, gate),
+            BLOCK_R=_block(rank, _MAX_RANK), GATED=gate is not None, LAST=grad.stride(1) == 1,
+            WIDE=INTERPRETED, **launch.options,
         )  # fmt: skip
-    return of_low, summed(sums, gated.dtype)
+    if gate is None:
+        return of_low, summed(sums, up.dtype), _gate_like(up, gate)
+    of_gates = gate_sums.view(-1, *gate.shape)
+    return of_low, *summed_both(sums.flatten(0, 1), of_gates, up.dtype, gate.dtype)
 
 
 @add_product.register_fake
-def _(x: Tensor, low: Tensor, gated: Tensor) -> Tensor:
+def _(x: Tensor, low: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
 @_gradients.register_fake
-def _(grad: Tensor, low: Tensor, gated: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(low), gated.new_empty(gated.shape)
+def _(grad: Tensor, low: Tensor, up: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(low), up.new_empty(up.shape), _gate_like(up, gate)
 
 
 @register_flop_formula(torch.ops.perceive_adapter.add_low_rank)
@@ -148,8 +357,10 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return grad, *_gradients(grad, *ctx.saved_tensors)
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    low, up, gate = ctx.saved_tensors
+    of_low, of_up, of_gate = _gradients(grad, low, up, gate)
+    return grad, of_low, of_up, None if gate is None else of_gate
 
 
 add_product.register_autograd(_differentiate, setup_context=_keep)
