@@ -66,42 +66,27 @@ def _forward(
 
 
 @triton.jit
-def _load_up(
-    up_ptr, c, channels, rank, up_c, up_r, BLOCK_R: tl.constexpr, LAST: tl.constexpr
-):  # fmt: skip
+def _load_up(up_ptr, c, channels, rank, up_c, up_r, BLOCK_R: tl.constexpr):
+    """(R, C)."""
     r = tl.arange(0, BLOCK_R).to(tl.int64)
-    if LAST:
-        c, r = c[:, None], r[None, :]
-    else:
-        c, r = c[None, :], r[:, None]
-    return tl.load(up_ptr + c * up_c + r * up_r, mask=(c < channels) & (r < rank), other=0)
+    mask = (r < rank)[:, None] & (c < channels)[None, :]
+    return tl.load(up_ptr + c[None, :] * up_c + r[:, None] * up_r, mask=mask, other=0)
 
 
 @triton.jit
-def _lowered(up, grad, LAST: tl.constexpr):
-    """Of (C, N): (N, R) with channels last, so that rows stay dense, else (R, N)."""
-    if LAST:
-        first, second = tl.trans(grad), up
-    else:
-        first, second = up, grad
-    return tl.dot(first, second, input_precision="ieee")
+def _load_gate(gate_ptr, rank, gate_r, BLOCK_R: tl.constexpr):
+    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    return tl.load(gate_ptr + r * gate_r, mask=r < rank, other=0).to(tl.float32)
 
 
 @triton.jit
 def _store_low(
-    of_low, of_low_ptr, gate_ptr, n, positions, rank, of_low_r, of_low_n, gate_r,
-    BLOCK_R: tl.constexpr, GATED: tl.constexpr, LAST: tl.constexpr,
+    of_low, of_low_ptr, n, positions, rank, of_low_r, of_low_n, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     r = tl.arange(0, BLOCK_R).to(tl.int64)
-    if LAST:
-        n, r = n[:, None], r[None, :]
-    else:
-        n, r = n[None, :], r[:, None]
-    if GATED:
-        of_low *= tl.load(gate_ptr + r * gate_r, mask=r < rank, other=0).to(tl.float32)
-    of_low = of_low.to(of_low_ptr.dtype.element_ty)
-    place = of_low_ptr + r * of_low_r + n * of_low_n
-    tl.store(place, of_low, mask=(r < rank) & (n < positions))
+    mask = (r < rank)[:, None] & (n < positions)[None, :]
+    place = of_low_ptr + r[:, None] * of_low_r + n[None, :] * of_low_n
+    tl.store(place, of_low.to(of_low_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -111,12 +96,12 @@ def _store_up(
 ):  # fmt: skip
     r = tl.arange(0, BLOCK_R).to(tl.int64)
     in_r = r < rank
+    mask = (c < channels)[:, None] & in_r[None, :]
     if GATED:
         # The gate's gradient is what up's would be without the gate, times up.
-        up = _load_up(up_ptr, c, channels, rank, up_c, up_r, BLOCK_R, True).to(tl.float32)
-        tl.store(gate_sums_ptr + r, tl.sum(of_up * up, axis=0), mask=in_r)
-        of_up *= tl.load(gate_ptr + r * gate_r, mask=in_r, other=0).to(tl.float32)[None, :]
-    mask = (c < channels)[:, None] & in_r[None, :]
+        up = tl.load(up_ptr + c[:, None] * up_c + r[None, :] * up_r, mask=mask, other=0)
+        tl.store(gate_sums_ptr + r, tl.sum(of_up * up.to(tl.float32), axis=0), mask=in_r)
+        of_up *= _load_gate(gate_ptr, rank, gate_r, BLOCK_R)[None, :]
     tl.store(sums_ptr + c[:, None] * rank + r[None, :], of_up, mask=mask)
 
 
@@ -140,7 +125,7 @@ def _backward(
     grad_b, grad_c, grad_n, low_b, low_r, low_n, of_low_b, of_low_r, of_low_n,
     up_b, up_c, up_r, gate_b, gate_r,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
-    GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    GATED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """All gradients by one reading: each program takes all channels of some positions."""
     program = tl.program_id(0).to(tl.int64)
@@ -148,8 +133,9 @@ def _backward(
     up_ptr += row * up_b
     if GATED:
         gate_ptr += row * gate_b
+        gate = _load_gate(gate_ptr, rank, gate_r, BLOCK_R)
     c = tl.arange(0, BLOCK_C).to(tl.int64)
-    up = _load_up(up_ptr, c, channels, rank, up_c, up_r, BLOCK_R, LAST)
+    up = _load_up(up_ptr, c, channels, rank, up_c, up_r, BLOCK_R)
     up = up.to(tl.float32 if WIDE else grad_ptr.dtype.element_ty)
     of_up = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
     for tile in tl.range(part, tl.cdiv(positions, BLOCK_N), parts, num_stages=AHEAD):
@@ -159,10 +145,11 @@ def _backward(
         if WIDE:
             grad, low = grad.to(tl.float32), low.to(tl.float32)
         of_up += tl.dot(grad, low, input_precision="ieee")
-        _store_low(
-            _lowered(up, grad, LAST), of_low_ptr + row * of_low_b, gate_ptr, n, positions, rank,
-            of_low_r, of_low_n, gate_r, BLOCK_R, GATED, LAST,
-        )  # fmt: skip
+        of_low = tl.dot(up, grad, input_precision="ieee")
+        if GATED:
+            of_low *= gate[:, None]
+        to = of_low_ptr + row * of_low_b
+        _store_low(of_low, to, n, positions, rank, of_low_r, of_low_n, BLOCK_R)
     place = part * batch + row
     if GATED:
         gate_sums_ptr += place * rank
@@ -180,7 +167,7 @@ def _backward_apart(
     up_b, up_c, up_r, gate_b, gate_r,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, UP_C: tl.constexpr, UP_N: tl.constexpr,
     BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
-    GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    GATED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """All gradients by two readings, side by side: more and shorter programs.
 
@@ -214,21 +201,18 @@ def _backward_apart(
         tiles_n = tl.cdiv(positions, BLOCK_N)
         row = (program - of_ups) // tiles_n
         n = (program - of_ups) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        shape: tl.constexpr = [BLOCK_N, BLOCK_R] if LAST else [BLOCK_R, BLOCK_N]
-        of_low = tl.zeros(shape, dtype=tl.float32)
+        of_low = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
         for start in tl.range(0, channels, BLOCK_C, num_stages=AHEAD):
             c = start + tl.arange(0, BLOCK_C).to(tl.int64)
             grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n)
-            up = _load_up(up_ptr + row * up_b, c, channels, rank, up_c, up_r, BLOCK_R, LAST)
+            up = _load_up(up_ptr + row * up_b, c, channels, rank, up_c, up_r, BLOCK_R)
             if WIDE:
                 grad = grad.to(tl.float32)
-            of_low += _lowered(up.to(grad.dtype), grad, LAST)
+            of_low += tl.dot(up.to(grad.dtype), grad, input_precision="ieee")
         if GATED:
-            gate_ptr += row * gate_b
-        _store_low(
-            of_low, of_low_ptr + row * of_low_b, gate_ptr, n, positions, rank,
-            of_low_r, of_low_n, gate_r, BLOCK_R, GATED, LAST,
-        )  # fmt: skip
+            of_low *= _load_gate(gate_ptr + row * gate_b, rank, gate_r, BLOCK_R)[:, None]
+        to = of_low_ptr + row * of_low_b
+        _store_low(of_low, to, n, positions, rank, of_low_r, of_low_n, BLOCK_R)
 
 
 def _block(size: int, largest: int) -> int:
@@ -329,8 +313,8 @@ def _gradients(
             grad, low, up, gate, of_low, sums, gate_sums,
             channels, positions, rank, launch.parts, batch,
             *grad.stride(), *low.stride(), *of_low.stride(), *_strides(up, gate),
-            BLOCK_R=_block(rank, _MAX_RANK), GATED=gate is not None, LAST=grad.stride(1) == 1,
-            WIDE=INTERPRETED, **launch.options,
+            BLOCK_R=_block(rank, _MAX_RANK), GATED=gate is not None, WIDE=INTERPRETED,
+            **launch.options,
         )  # fmt: skip
     if gate is None:
         return of_low, summed(sums, up.dtype), _gate_like(up, gate)

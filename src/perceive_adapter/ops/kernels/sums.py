@@ -48,9 +48,9 @@ def _sum_both(
 
 
 def _blocks(parts: int) -> dict[str, int]:
-    """As many parts at once as there are, as long as a program holds enough numbers beside."""
-    block_p = min(512, max(32, triton.next_power_of_2(parts)))
-    return {"BLOCK_P": block_p, "BLOCK": min(32, max(8, 2048 // block_p))}
+    """As many parts at once as there are, of fewer numbers the more there are."""
+    block_p = min(512, max(128, triton.next_power_of_2(parts)))
+    return {"BLOCK_P": block_p, "BLOCK": max(8, 2048 // block_p)}
 
 
 def summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
