@@ -213,6 +213,14 @@ def test_empty_batches() -> None:
     assert reference_distances(x, x.expand(2, 0, 4, 20)).shape == (2, 0)
 
 
+def test_factors_of_another_size_are_refused() -> None:
+    x, low = torch.ones(3, 4, 20, device=DEVICE), torch.ones(3, 2, 20, device=DEVICE)
+    up, gate = torch.ones(4, 2, device=DEVICE), torch.ones(3, 2, device=DEVICE)
+    for factors in ((up, gate[:2]), (up, gate[:, :0]), (up[:3], gate), (up[:3],), (up[:, :0],)):
+        with pytest.raises(RuntimeError, match="must match"):
+            add_low_rank(x, low, *factors)
+
+
 def test_programs_that_go_through_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernels in (low_rank_kernels, distance_kernels):
         monkeypatch.setattr(kernels, "_PROGRAMS", 2)

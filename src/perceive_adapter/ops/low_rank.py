@@ -24,7 +24,8 @@ def add_low_rank(
     """Return ``features + up diag(gate) @ low``, in the memory format of the features.
 
     What is raised to all channels is never written by itself. On a GPU one kernel reads the
-    features once and writes the sum, and its backward pass reads the gradient once.
+    features once and writes the sum, and its backward pass reads the gradient once, or twice where
+    the device's cache holds it.
 
     Args:
         features: (B, C, N) of any strides, the layer's output.
@@ -37,12 +38,16 @@ def add_low_rank(
 
     Source: LoRA, https://arxiv.org/abs/2106.09685, equation 3, with a gate between both factors.
     """
-    batch = features.shape[0]
+    (batch, channels, _), rank = features.shape, low.shape[1]
     given = (features, low, up) if gate is None else (features, low, up, gate)
     alike = low.dtype == features.dtype
     if alike and fused("add_low_rank", *given) and takes(features, low):
-        wide = up.expand(batch, -1, -1) if gate is None else up
-        fused_sum: Tensor = add_product(features, low, wide, gate)
+        if gate is None:
+            up = up.expand(batch, channels, rank)
+        else:
+            up = up.expand(channels, rank)
+            gate = gate.expand(1 if gate.shape[0] == 1 else batch, rank)
+        fused_sum: Tensor = add_product(features, low, up, gate)
         return fused_sum
     gated = _gated(up, gate).to(low.dtype).expand(batch, -1, -1)
     if not alike:  # an adapter in single precision beside a network in half

@@ -78,14 +78,7 @@ def summed_both(
     programs = sum(triton.cdiv(count, blocks["BLOCK"]) for count in (numbers, other_numbers))
     with torch.cuda.device_of(parts):
         _sum_both[(programs,)](
-            parts,
-            out,
-            parts.shape[0],
-            numbers,
-            other,
-            other_out,
-            other.shape[0],
-            other_numbers,
+            parts, out, parts.shape[0], numbers, other, other_out, other.shape[0], other_numbers,
             **blocks,
-        )
+        )  # fmt: skip
     return out, other_out
