@@ -27,7 +27,7 @@ DISTANCES = [{"BLOCK_N": 4, "BLOCK": 1024}]
 AHEAD = [
     {"BLOCK_N": n, "BLOCK": 4096 // n, "AHEAD": ahead} for n, ahead in ((4, 4), (1, 2), (8, 1))
 ]
-SUMS = [{"BLOCK_P": 64, "BLOCK": 32}]
+SUMS = [{"BLOCK_P": parts, "BLOCK": numbers} for parts, numbers in ((128, 16), (512, 8))]
 KERNELS = (
     (low_rank._forward, FORWARD, ("up_ptr",)),
     (low_rank._backward, BACKWARD, OF_UP),

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceive_adapter.injection.plan import Layout
 from perceive_adapter.ops import add_low_rank, dispatch, distances, low_rank, reference_distances
+from perceive_adapter.ops.kernels import device, sums
 from perceive_adapter.ops.kernels import distances as distance_kernels
 from perceive_adapter.ops.kernels import low_rank as low_rank_kernels
 
@@ -219,6 +220,22 @@ def test_factors_of_another_size_are_refused() -> None:
     for factors in ((up, gate[:2]), (up, gate[:, :0]), (up[:3], gate), (up[:3],), (up[:, :0],)):
         with pytest.raises(RuntimeError, match="must match"):
             add_low_rank(x, low, *factors)
+
+
+@pytest.mark.parametrize("parts", [1, 130, 1100])
+def test_sums_of_many_parts(parts: int) -> None:
+    """More of them than a program holds at once, too."""
+    one, other = random(parts, 3, 7, seed=0).float(), random(parts + 5, 21, seed=1).float()
+    for found, of in zip(
+        sums.summed_both(one, other, one.dtype, one.dtype), (one, other), strict=True
+    ):
+        torch.testing.assert_close(found, of.sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.summed(one, one.dtype), one.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_tiles_in_flight_fit_into_shared_memory() -> None:
+    cpu = torch.device("cpu")
+    assert [device.stages(cpu, kib * 2**10, 4) for kib in (1, 16, 100)] == [4, 3, 1]
 
 
 def test_programs_that_go_through_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
