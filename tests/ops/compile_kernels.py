@@ -14,8 +14,12 @@ from perceive_adapter.ops.kernels import distances, low_rank, sums
 
 TARGET = GPUTarget("cuda", 90, 32)
 FORWARD = [
-    {"BLOCK_C": c, "BLOCK_N": n, "BLOCK_R": r, "GATED": gated, "WIDE": False}
-    for c, n, r, gated in ((16, 128, 16, True), (64, 64, 64, True), (16, 128, 16, False))
+    {"BLOCK_C": c, "BLOCK_N": n, "BLOCK_R": r, "GATED": gated, "ONCE": once, "WIDE": False}
+    for c, n, r, gated, once in (
+        (16, 128, 16, True, True),
+        (64, 64, 64, True, False),
+        (16, 128, 16, False, False),
+    )
 ]
 BACKWARD = [
     {"BLOCK_C": c, "BLOCK_N": n, "BLOCK_R": r, "AHEAD": 3, "GATED": gated, "WIDE": False}

@@ -20,7 +20,7 @@ __all__ = ["add_product", "takes"]
 _MAX_RANK, _MAX_CHANNELS = 64, 1024
 _LEAST = 16  # the smallest side of a matrix that tensor cores take
 _PROGRAMS = 264  # of the backward pass at once, about: two for each multiprocessor of a large GPU
-_PARTS = 4  # of the positions, where the gradients of both factors have programs of their own
+_TILES = 4  # that each program goes through for the gradient of ``up``, where that has its own
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _forward(
     channels, positions, rank,
     x_b, x_c, x_n, out_b, out_c, out_n, low_b, low_r, low_n, up_b, up_c, up_r, gate_b, gate_r,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    GATED: tl.constexpr, LAST: tl.constexpr, ONCE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(positions, BLOCK_N)
     tiles_c = tl.cdiv(channels, BLOCK_C)
@@ -60,62 +60,99 @@ def _forward(
         first, second = up, low
     raised = tl.dot(first, second, input_precision="ieee")
     mask = in_c & in_n
-    x = tl.load(x_ptr + row * x_b + c * x_c + n * x_n, mask=mask, other=0)
+    place = x_ptr + row * x_b + c * x_c + n * x_n
+    x = tl.load(place, mask=mask, other=0, eviction_policy="evict_first" if ONCE else "")
     place = out_ptr + row * out_b + c * out_c + n * out_n
     tl.store(place, (x.to(tl.float32) + raised).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_up(up_ptr, c, channels, rank, up_c, up_r, BLOCK_R: tl.constexpr):
-    """(R, C)."""
-    r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask = (r < rank)[:, None] & (c < channels)[None, :]
-    return tl.load(up_ptr + c[None, :] * up_c + r[:, None] * up_r, mask=mask, other=0)
+def _load(ptr, rows, row_count, row_stride, columns, column_count, column_stride):
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    place = ptr + rows[:, None] * row_stride + columns[None, :] * column_stride
+    return tl.load(place, mask=mask, other=0)
 
 
 @triton.jit
-def _load_gate(gate_ptr, rank, gate_r, BLOCK_R: tl.constexpr):
-    r = tl.arange(0, BLOCK_R).to(tl.int64)
-    return tl.load(gate_ptr + r * gate_r, mask=r < rank, other=0).to(tl.float32)
+def _store(values, ptr, rows, row_count, row_stride, columns, column_count, column_stride):
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    place = ptr + rows[:, None] * row_stride + columns[None, :] * column_stride
+    tl.store(place, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_grad(grad_ptr, c, n, channels, positions, grad_c, grad_n, LAST: tl.constexpr):
+    """(C, N), or with LAST (N, C), as it lies in memory."""
+    if LAST:
+        grad = _load(grad_ptr, n, positions, grad_n, c, channels, grad_c)
+    else:
+        grad = _load(grad_ptr, c, channels, grad_c, n, positions, grad_n)
+    return grad
+
+
+@triton.jit
+def _load_up(up_ptr, c, r, channels, rank, up_c, up_r, LAST: tl.constexpr):
+    """(R, C), or with LAST (C, R)."""
+    if LAST:
+        up = _load(up_ptr, c, channels, up_c, r, rank, up_r)
+    else:
+        up = _load(up_ptr, r, rank, up_r, c, channels, up_c)
+    return up
+
+
+@triton.jit
+def _load_gate(gate_ptr, row, r, rank, gate_b, gate_r, GATED: tl.constexpr):
+    """(R,), ones without a gate."""
+    if GATED:
+        gate = tl.load(gate_ptr + row * gate_b + r * gate_r, mask=r < rank, other=0)
+    else:
+        gate = tl.full(r.shape, 1, dtype=tl.float32)
+    return gate.to(tl.float32)
+
+
+@triton.jit
+def _product_for_up(grad, low, LAST: tl.constexpr):
+    """(C, R), of low-rank features (N, R)."""
+    if LAST:
+        grad = tl.trans(grad)
+    return tl.dot(grad, low, input_precision="ieee")
+
+
+@triton.jit
+def _product_for_low(up, grad, LAST: tl.constexpr):
+    """(R, N), or with LAST (N, R)."""
+    if LAST:
+        first, second = grad, up
+    else:
+        first, second = up, grad
+    return tl.dot(first, second, input_precision="ieee")
+
+
+@triton.jit
+def _gated(of_low, gate, LAST: tl.constexpr):
+    return of_low * (gate[None, :] if LAST else gate[:, None])
 
 
 @triton.jit
 def _store_low(
-    of_low, of_low_ptr, n, positions, rank, of_low_r, of_low_n, BLOCK_R: tl.constexpr
+    of_low, of_low_ptr, n, r, positions, rank, of_low_r, of_low_n, LAST: tl.constexpr
 ):  # fmt: skip
-    r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask = (r < rank)[:, None] & (n < positions)[None, :]
-    place = of_low_ptr + r[:, None] * of_low_r + n[None, :] * of_low_n
-    tl.store(place, of_low.to(of_low_ptr.dtype.element_ty), mask=mask)
+    if LAST:
+        _store(of_low, of_low_ptr, n, positions, of_low_n, r, rank, of_low_r)
+    else:
+        _store(of_low, of_low_ptr, r, rank, of_low_r, n, positions, of_low_n)
 
 
 @triton.jit
 def _store_up(
-    of_up, up_ptr, gate_ptr, sums_ptr, gate_sums_ptr, c, channels, rank, up_c, up_r, gate_r,
-    BLOCK_R: tl.constexpr, GATED: tl.constexpr,
+    of_up, up_ptr, gate, sums_ptr, gate_sums_ptr, c, r, channels, rank, up_c, up_r,
+    GATED: tl.constexpr,
 ):  # fmt: skip
-    r = tl.arange(0, BLOCK_R).to(tl.int64)
-    in_r = r < rank
-    mask = (c < channels)[:, None] & in_r[None, :]
     if GATED:
         # The gate's gradient is what up's would be without the gate, times up.
-        up = tl.load(up_ptr + c[:, None] * up_c + r[None, :] * up_r, mask=mask, other=0)
-        tl.store(gate_sums_ptr + r, tl.sum(of_up * up.to(tl.float32), axis=0), mask=in_r)
-        of_up *= _load_gate(gate_ptr, rank, gate_r, BLOCK_R)[None, :]
-    tl.store(sums_ptr + c[:, None] * rank + r[None, :], of_up, mask=mask)
-
-
-@triton.jit
-def _load_grad(grad_ptr, c, n, channels, positions, grad_c, grad_n):
-    mask = (c < channels)[:, None] & (n < positions)[None, :]
-    return tl.load(grad_ptr + c[:, None] * grad_c + n[None, :] * grad_n, mask=mask, other=0)
-
-
-@triton.jit
-def _load_low(low_ptr, n, positions, rank, low_r, low_n, BLOCK_R: tl.constexpr):
-    r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask = (n < positions)[:, None] & (r < rank)[None, :]
-    return tl.load(low_ptr + n[:, None] * low_n + r[None, :] * low_r, mask=mask, other=0)
+        up = _load(up_ptr, c, channels, up_c, r, rank, up_r)
+        tl.store(gate_sums_ptr + r, tl.sum(of_up * up.to(tl.float32), axis=0), mask=r < rank)
+    _store(of_up * gate[None, :], sums_ptr, c, channels, rank, r, rank, 1)
 
 
 @triton.jit
@@ -125,37 +162,31 @@ def _backward(
     grad_b, grad_c, grad_n, low_b, low_r, low_n, of_low_b, of_low_r, of_low_n,
     up_b, up_c, up_r, gate_b, gate_r,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
-    GATED: tl.constexpr, WIDE: tl.constexpr,
+    GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """All gradients by one reading: each program takes all channels of some positions."""
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts
     up_ptr += row * up_b
-    if GATED:
-        gate_ptr += row * gate_b
-        gate = _load_gate(gate_ptr, rank, gate_r, BLOCK_R)
-    c = tl.arange(0, BLOCK_C).to(tl.int64)
-    up = _load_up(up_ptr, c, channels, rank, up_c, up_r, BLOCK_R)
+    c, r = tl.arange(0, BLOCK_C).to(tl.int64), tl.arange(0, BLOCK_R).to(tl.int64)
+    gate = _load_gate(gate_ptr, row, r, rank, gate_b, gate_r, GATED)
+    up = _load_up(up_ptr, c, r, channels, rank, up_c, up_r, LAST)
     up = up.to(tl.float32 if WIDE else grad_ptr.dtype.element_ty)
     of_up = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
     for tile in tl.range(part, tl.cdiv(positions, BLOCK_N), parts, num_stages=AHEAD):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n)
-        low = _load_low(low_ptr + row * low_b, n, positions, rank, low_r, low_n, BLOCK_R)
+        grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n, LAST)
+        low = _load(low_ptr + row * low_b, n, positions, low_n, r, rank, low_r)
         if WIDE:
             grad, low = grad.to(tl.float32), low.to(tl.float32)
-        of_up += tl.dot(grad, low, input_precision="ieee")
-        of_low = tl.dot(up, grad, input_precision="ieee")
-        if GATED:
-            of_low *= gate[:, None]
+        of_up += _product_for_up(grad, low, LAST)
+        of_low = _gated(_product_for_low(up, grad, LAST), gate, LAST)
         to = of_low_ptr + row * of_low_b
-        _store_low(of_low, to, n, positions, rank, of_low_r, of_low_n, BLOCK_R)
-    place = part * batch + row
-    if GATED:
-        gate_sums_ptr += place * rank
+        _store_low(of_low, to, n, r, positions, rank, of_low_r, of_low_n, LAST)
+    place = (part * batch + row) * rank
     _store_up(
-        of_up, up_ptr, gate_ptr, sums_ptr + place * channels * rank, gate_sums_ptr,
-        c, channels, rank, up_c, up_r, gate_r, BLOCK_R, GATED,
+        of_up, up_ptr, gate, sums_ptr + place * channels, gate_sums_ptr + place,
+        c, r, channels, rank, up_c, up_r, GATED,
     )  # fmt: skip
 
 
@@ -167,7 +198,7 @@ def _backward_apart(
     up_b, up_c, up_r, gate_b, gate_r,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, UP_C: tl.constexpr, UP_N: tl.constexpr,
     BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
-    GATED: tl.constexpr, WIDE: tl.constexpr,
+    GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """All gradients by two readings, side by side: more and shorter programs.
 
@@ -175,44 +206,44 @@ def _backward_apart(
     positions and give that of ``low``.
     """
     program = tl.program_id(0).to(tl.int64)
-    tiles_c = tl.cdiv(channels, UP_C)
+    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    tiles_c, tiles_n = tl.cdiv(channels, UP_C), tl.cdiv(positions, BLOCK_N)
     of_ups = batch * tiles_c * parts
     if program < of_ups:
         part, tile_c = program % parts, program // parts % tiles_c
         row = program // (parts * tiles_c)
+        grads = grad_ptr + row * grad_b
         c = tile_c * UP_C + tl.arange(0, UP_C).to(tl.int64)
         of_up = tl.zeros([UP_C, BLOCK_R], dtype=tl.float32)
         for tile in tl.range(part, tl.cdiv(positions, UP_N), parts, num_stages=AHEAD):
             n = tile * UP_N + tl.arange(0, UP_N).to(tl.int64)
-            grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n)
-            low = _load_low(low_ptr + row * low_b, n, positions, rank, low_r, low_n, BLOCK_R)
+            grad = _load_grad(grads, c, n, channels, positions, grad_c, grad_n, LAST)
+            low = _load(low_ptr + row * low_b, n, positions, low_n, r, rank, low_r)
             if WIDE:
                 grad, low = grad.to(tl.float32), low.to(tl.float32)
-            of_up += tl.dot(grad, low, input_precision="ieee")
-        if GATED:
-            gate_ptr += row * gate_b
-            gate_sums_ptr += ((part * tiles_c + tile_c) * batch + row) * rank
+            of_up += _product_for_up(grad, low, LAST)
+        gate = _load_gate(gate_ptr, row, r, rank, gate_b, gate_r, GATED)
         _store_up(
-            of_up, up_ptr + row * up_b, gate_ptr,
-            sums_ptr + (part * batch + row) * channels * rank, gate_sums_ptr,
-            c, channels, rank, up_c, up_r, gate_r, BLOCK_R, GATED,
+            of_up, up_ptr + row * up_b, gate, sums_ptr + (part * batch + row) * channels * rank,
+            gate_sums_ptr + ((part * tiles_c + tile_c) * batch + row) * rank,
+            c, r, channels, rank, up_c, up_r, GATED,
         )  # fmt: skip
     else:
-        tiles_n = tl.cdiv(positions, BLOCK_N)
         row = (program - of_ups) // tiles_n
+        grads, ups = grad_ptr + row * grad_b, up_ptr + row * up_b
         n = (program - of_ups) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        of_low = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+        gate = _load_gate(gate_ptr, row, r, rank, gate_b, gate_r, GATED)
+        of_low = tl.zeros([BLOCK_N, BLOCK_R] if LAST else [BLOCK_R, BLOCK_N], dtype=tl.float32)
         for start in tl.range(0, channels, BLOCK_C, num_stages=AHEAD):
             c = start + tl.arange(0, BLOCK_C).to(tl.int64)
-            grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n)
-            up = _load_up(up_ptr + row * up_b, c, channels, rank, up_c, up_r, BLOCK_R)
+            grad = _load_grad(grads, c, n, channels, positions, grad_c, grad_n, LAST)
+            up = _load_up(ups, c, r, channels, rank, up_c, up_r, LAST)
             if WIDE:
                 grad = grad.to(tl.float32)
-            of_low += tl.dot(up.to(grad.dtype), grad, input_precision="ieee")
-        if GATED:
-            of_low *= _load_gate(gate_ptr + row * gate_b, rank, gate_r, BLOCK_R)[:, None]
+            of_low += _product_for_low(up.to(grad.dtype), grad, LAST)
         to = of_low_ptr + row * of_low_b
-        _store_low(of_low, to, n, positions, rank, of_low_r, of_low_n, BLOCK_R)
+        of_low = _gated(of_low, gate, LAST)
+        _store_low(of_low, to, n, r, positions, rank, of_low_r, of_low_n, LAST)
 
 
 def _block(size: int, largest: int) -> int:
@@ -233,7 +264,7 @@ def add_product(x: Tensor, low: Tensor, up: Tensor, gate: Tensor | None) -> Tens
     if x.numel():
         batch, channels, positions = x.shape
         rank = low.shape[1]
-        last = x.stride(1) == 1
+        last = _last(x)
         # Each tile reads the low-rank features: it has at least as many channels of its own.
         block_c = _block(channels, 64 if last else _block(rank, _MAX_RANK))
         block_n = _block(positions, 128 if block_c == _LEAST else 64)
@@ -244,10 +275,16 @@ def add_product(x: Tensor, low: Tensor, up: Tensor, gate: Tensor | None) -> Tens
                 *x.stride(), *out.stride(), *low.stride(), *_strides(up, gate),
                 BLOCK_C=block_c, BLOCK_N=block_n, BLOCK_R=_block(rank, _MAX_RANK),
                 GATED=gate is not None, LAST=last,
+                ONCE=fits_in_cache(x) and not last,  # a sweep on an H200: 8 % less, elsewhere more
                 WIDE=INTERPRETED,  # the interpreter multiplies no bfloat16 matrices
                 num_warps=2 if block_c * block_n <= 2048 else 4,
             )  # fmt: skip
     return out
+
+
+def _last(maps: Tensor) -> bool:
+    """Tell whether the channels of a position lie side by side."""
+    return maps.stride(1) == 1
 
 
 def _strides(up: Tensor, gate: Tensor | None) -> tuple[int, ...]:
@@ -271,14 +308,21 @@ class _Launch(NamedTuple):
     options: dict[str, int]
 
 
+def _parts(wanted: int, positions: int, rank: int) -> int:
+    """Into how many parts of the positions to sum up: no more than leaves the sums small."""
+    return min(wanted, max(16, positions // (16 * rank)))
+
+
 def _apart(grad: Tensor, rank: int) -> _Launch:
-    """Of the kernel that reads twice; sizes by a sweep on an H200, as below."""
+    """Of the kernel that reads twice; sizes by sweeps on H200s, as below."""
     batch, channels, positions = grad.shape
-    block_c, block_n, up_c, up_n = 64 if channels % 128 else 128, 64, 64, 128
-    tiles_c, parts = triton.cdiv(channels, up_c), min(_PARTS, triton.cdiv(positions, up_n))
+    block_c, block_n, up_c = 64 if channels % 128 else 128, 64, 64
+    up_n = 64 if _last(grad) and block_c == 128 else 128
+    parts = _parts(triton.cdiv(positions, _TILES * up_n), positions, rank)
+    tiles_c = triton.cdiv(channels, up_c)
     blocks = {"BLOCK_C": block_c, "BLOCK_N": block_n, "UP_C": up_c, "UP_N": up_n}
-    tile = (up_c + _block(rank, _MAX_RANK)) * up_n * grad.itemsize
-    options = {"AHEAD": stages(grad.device, tile, 2 if block_c == 128 else 3), "num_warps": 4}
+    tile = (64 + _block(rank, _MAX_RANK)) * 128 * grad.itemsize  # of either loop, at most
+    options = {"AHEAD": stages(grad.device, tile, 3), "num_warps": 4}
     programs = batch * (tiles_c * parts + triton.cdiv(positions, block_n))
     return _Launch(_backward_apart, programs, parts, parts * tiles_c, blocks | options)
 
@@ -286,13 +330,14 @@ def _apart(grad: Tensor, rank: int) -> _Launch:
 def _together(grad: Tensor, rank: int) -> _Launch:
     """Of the kernel that reads once."""
     batch, channels, positions = grad.shape
+    programs, ahead = (2 * _PROGRAMS, 2) if _last(grad) else (_PROGRAMS, 3)
     block_c = _block(channels, _MAX_CHANNELS)
     block_n = _block(positions, max(_LEAST, min(128, 16384 // block_c)))
-    parts = min(triton.cdiv(positions, block_n), triton.cdiv(_PROGRAMS, batch))
-    parts = min(parts, max(16, positions // (16 * rank)))  # sums stay small
+    parts = min(triton.cdiv(positions, block_n), triton.cdiv(programs, batch))
+    parts = _parts(parts, positions, rank)
     tile = (block_c + _block(rank, _MAX_RANK)) * block_n * grad.itemsize
     warps = 4 if block_c <= 256 else 8
-    options = {"AHEAD": stages(grad.device, tile, 3), "num_warps": warps}
+    options = {"AHEAD": stages(grad.device, tile, ahead), "num_warps": warps}
     blocks = {"BLOCK_C": block_c, "BLOCK_N": block_n}
     return _Launch(_backward, batch * parts, parts, parts, blocks | options)
 
@@ -315,7 +360,8 @@ def _gradients(
             grad, low, up, gate, of_low, sums, gate_sums,
             channels, positions, rank, launch.parts, batch,
             *grad.stride(), *low.stride(), *of_low.stride(), *_strides(up, gate),
-            BLOCK_R=_block(rank, _MAX_RANK), GATED=gate is not None, WIDE=INTERPRETED,
+            BLOCK_R=_block(rank, _MAX_RANK), GATED=gate is not None, LAST=_last(grad),
+            WIDE=INTERPRETED,
             **launch.options,
         )  # fmt: skip
     if gate is None:
