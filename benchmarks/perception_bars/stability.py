@@ -14,7 +14,7 @@ from perception_bars.photographs import Subject, spread, to_batch, to_planes
 from perception_bars.report import Bar, bars_table, table
 
 PHOTOS = 22  # twice over all degradations
-SEVERITIES = (0.3, 0.8)
+SEVERITIES = (0.15, 0.3, 0.45, 0.8)  # the first and third lie between two tiers
 CROPS = 4
 BAR = 0.05
 NOISE_BAR = 0.2
@@ -64,11 +64,17 @@ def report(subject: Subject) -> str:
     bars.append(Bar("share of images with equal bits when perceived twice", fmean(same), 1))
     bars.append(Bar("share of images with equal bits out of a PNG file", fmean(files), 1))
     rows = [
-        (change, f"{group} ({len(groups[group])})", f"{max(moved):.3f}", f"{fmean(moved):.3f}")
+        (
+            change,
+            f"{group} ({len(groups[group])})",
+            f"{max(moved):.3f}",
+            f"{fmean(moved):.3f}",
+            f"{fmean(one < BAR for one in moved):.0%}",
+        )
         for change, by_group in changes.items()
         for group, moved in by_group.items()
     ]
-    columns = ("change", "images", "largest", "mean")
+    columns = ("change", "images", "largest", "mean", f"below {BAR}")
     return f"{bars_table(bars)}\n\n{table(columns, rows)}"
 
 
@@ -78,7 +84,7 @@ def _noise_score(subject: Subject, size: tuple[int, int], seed: int) -> float:
 
 
 def _images(subject: Subject) -> dict[str, list[Tensor]]:
-    """Clean photographs, each also degraded in one way, mildly and severely."""
+    """Clean photographs, each also degraded in one way, in each of the severities."""
     clean = [to_batch(p) for p in spread([*subject.clean, *subject.bundled], PHOTOS)]
     groups = {"clean": clean}
     names = list(DEGRADATIONS)
