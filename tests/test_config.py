@@ -43,6 +43,11 @@ def test_a_config_survives_json(config: AdapterConfig) -> None:
         ({"sources": {}}, "sources is empty"),
         ({"sources": {"colour": 3}}, "'colour'.*compact"),
         ({"sources": {"tiers": 0}}, r"sources\['tiers'\]=0"),
+        ({"sources": ["tiers"]}, "a width for each field"),
+        ({"treats": 1}, "treats=1; expected a tuple"),
+        ({"treats": ()}, r"treats=\(\)"),
+        ({"treats": (0, 0)}, "different columns"),
+        ({"treats": (-1,)}, "columns from 0"),
     ],
 )
 def test_values_that_cannot_work_are_refused(fields: dict[str, Any], said: str) -> None:
@@ -50,6 +55,13 @@ def test_values_that_cannot_work_are_refused(fields: dict[str, Any], said: str) 
         AdapterConfig(**fields)
     with pytest.raises(CheckpointError):
         from_dict(AdapterConfig, fields, "file")
+
+
+def test_sources_are_a_copy_of_what_was_given() -> None:
+    sources = {"compact": 8}
+    config = AdapterConfig(sources=sources)
+    sources["tiers"] = 99
+    assert config.sources == {"compact": 8}
 
 
 def test_configs_are_frozen() -> None:

@@ -88,13 +88,11 @@ class AdapterConfig:
                 f"attention_dim={self.attention_dim} is not a multiple of "
                 f"attention_heads={self.attention_heads}"
             )
-        for source, width in (self.sources or {}).items():
-            _one_of("sources", source, SOURCES)
-            _positive(f"sources[{source!r}]", width)
+        if self.sources is not None:
+            _widths("sources", self.sources)
+            object.__setattr__(self, "sources", dict(self.sources))  # the caller's may change
         if self.treats is not None:
             _columns("treats", self.treats)
-        if self.sources is not None and not self.sources:
-            raise ConfigError(f"sources is empty; name at least one of {', '.join(SOURCES)}")
 
 
 def _one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
@@ -107,9 +105,25 @@ def _positive(name: str, value: Any) -> None:
         raise ConfigError(f"{name}={value!r}; expected a positive integer")
 
 
-def _columns(name: str, value: tuple[Any, ...]) -> None:
-    if not value or any(type(column) is not int or column < 0 for column in value):
-        raise ConfigError(f"{name}={value!r}; expected columns from 0, or None for no limit")
+def _widths(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{name}={value!r}; expected a width for each field of a perception, such as "
+            '{"compact": 64}'
+        )
+    if not value:
+        raise ConfigError(f"{name} is empty; name at least one of {', '.join(SOURCES)}")
+    for field, width in value.items():
+        _one_of(name, field, SOURCES)
+        _positive(f"{name}[{field!r}]", width)
+
+
+def _columns(name: str, value: Any) -> None:
+    fits = isinstance(value, tuple) and all(type(column) is int and column >= 0 for column in value)
+    if not fits or not value or len(set(value)) < len(value):
+        raise ConfigError(
+            f"{name}={value!r}; expected a tuple of different columns from 0, or None for no limit"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

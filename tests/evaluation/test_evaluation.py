@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import math
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +310,22 @@ def test_pictures_show_every_group(tmp_path: Path) -> None:
     assert math.isclose(wide[0] / wide[1], 6 / 4.8, rel_tol=0.05)
     draw_grid({f"scene {index}": row for index in range(60)}, tmp_path / "many.png")
     assert Image.open(tmp_path / "many.png").size[1] < 11 * wide[1]
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_csv, "a.csv"), (draw_bars, "a.png")])
+def test_a_full_disk_leaves_the_report_of_before(
+    write: Callable, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(measured(), tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write(measured()[:1], tmp_path / name)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {name: before}
 
 
 def test_a_stamp_says_what_it_was_made_with() -> None:

@@ -349,6 +349,36 @@ def test_a_compiled_model_runs_inside_a_fold() -> None:
             assert relative(compiled(image), model(image)) < ROUNDING
 
 
+def test_a_compiled_model_takes_no_other_perception_inside_a_fold() -> None:
+    model, image = wrapped("isotropic"), CASES["isotropic"].images(2)
+    compiled = torch.compile(model, backend="eager")
+    given: tuple[dict[str, Any], ...] = (
+        {"perception": oracle(1, 5)},
+        {"adapter_names": ["no"] * 2},
+    )
+    with model.fold(oracle(1)):
+        for options in given:
+            with pytest.raises(PerceptionError, match="another perception, or names of adapters"):
+                compiled(image, **options)
+
+
+@torch.no_grad()
+def test_one_perception_at_a_time() -> None:
+    model, image = wrapped("isotropic"), CASES["isotropic"].images(2)
+    with model.injector.conditioned(oracle(1)):
+        first = model.backbone(image)
+        for other in (model.injector.conditioned(oracle(1, 5)), model.fold(oracle(1, 5))):
+            with pytest.raises(PerceptionError, match="another perception already"), other:
+                pass
+        assert torch.equal(model.backbone(image), first)
+    with model.fold(oracle(1)):
+        folded = model(image)
+        inner = model.injector.conditioned(oracle(1, 5))
+        with pytest.raises(PerceptionError, match="another perception already"), inner:
+            pass
+        assert torch.equal(model(image), folded)
+
+
 class Dropping(nn.Module):
     """Drops features, and takes its time, so that threads meet in it."""
 

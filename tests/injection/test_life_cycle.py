@@ -3,6 +3,8 @@
 import copy
 import pickle
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,9 @@ def test_nothing_is_taken_of_folded_weights(taken: Any) -> None:
     taken(model)
 
 
-@pytest.mark.parametrize("taken", [copy.deepcopy, PerceiveModel.state_dict])
-def test_who_takes_weights_waits_for_a_fold_of_another_thread(taken: Any) -> None:
-    model = wrapped("u_shape")
-    expected = copy.deepcopy(model.state_dict())
+@contextmanager
+def folded_elsewhere(model: PerceiveModel) -> Iterator[None]:
+    """Have another thread fold the model's weights for a while."""
     inside, leave = threading.Event(), threading.Event()
 
     def restore() -> None:
@@ -86,10 +87,78 @@ def test_who_takes_weights_waits_for_a_fold_of_another_thread(taken: Any) -> Non
     thread = threading.Thread(target=restore)
     thread.start()
     assert inside.wait(60)
-    found = taken(model)
+    yield
     thread.join()
+
+
+@pytest.mark.parametrize("taken", [copy.deepcopy, _pickled, PerceiveModel.state_dict])
+def test_who_takes_weights_waits_for_a_fold_of_another_thread(taken: Any) -> None:
+    model = wrapped("u_shape")
+    expected = copy.deepcopy(model.state_dict())
+    with folded_elsewhere(model):
+        found = taken(model)
     weights = found if isinstance(found, dict) else found.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_what_pickle_is_given_does_not_fold() -> None:
+    """It is read later, when another thread may restore; its tensors are shared all the same."""
+    model = wrapped("u_shape")
+    held = model.__reduce_ex__(2)[2]["_modules"]["backbone"]  # type: ignore[index]
+    expected = {name: value.data_ptr() for name, value in model.backbone.named_parameters()}
+    with model.fold(model.perceive(IMAGE[:1])):
+        assert {n: p.data_ptr() for n, p in held.named_parameters()} == expected
+
+
+def _loaded(model: PerceiveModel) -> None:
+    other = wrapped("u_shape", seed=1)
+    model.load_state_dict(other.state_dict())
+
+
+def _loaded_around(model: PerceiveModel) -> None:
+    nn.Sequential(model).load_state_dict(nn.Sequential(wrapped("u_shape", seed=1)).state_dict())
+
+
+@pytest.mark.parametrize("put", [_loaded, _loaded_around, PerceiveModel.double])
+def test_no_weights_are_put_into_a_fold(put: Any) -> None:
+    """At its end they would be lost."""
+    model = wrapped("u_shape")
+    before = copy.deepcopy(model.state_dict())
+    with (
+        model.fold(model.perceive(IMAGE[:1])),
+        pytest.raises(PerceptionError, match="under way already"),
+    ):
+        put(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_who_puts_weights_waits_for_a_fold_of_another_thread() -> None:
+    model, other = wrapped("u_shape"), wrapped("u_shape", seed=1)
+    with folded_elsewhere(model):
+        model.load_state_dict(other.state_dict())
+    found, expected = model.state_dict(), other.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+def test_a_copy_of_a_compiled_model_is_its_own_and_not_compiled(duplicate: Any) -> None:
+    model = wrapped("u_shape")
+    expected = model(IMAGE)
+    model.compile(backend="eager")
+    model(IMAGE)
+    twin = duplicate(model)
+    moved(twin.injector, seed=7)
+    assert relative(twin(IMAGE), expected) > 1e-3
+    twin.add_adapter("rain")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+def test_a_context_does_not_reach_into_a_copy(duplicate: Any) -> None:
+    model = wrapped("u_shape")
+    with model.disabled():
+        twin = duplicate(model)
+    assert twin.status().enabled
+    assert torch.equal(twin(IMAGE), model(IMAGE))
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -336,3 +405,14 @@ def test_arguments_of_the_wrong_kind_are_named() -> None:
     with pytest.raises(BackboneError, match=r"give wrap\(\) one that works, example=.*on\.$"):
         wrap(net, image_arg=1)
     assert not any(module._forward_hooks for module in net.modules())
+    model: Any = wrap(net, perceiver=False)
+    with pytest.raises(ConfigError, match=r"\['rain'\] cannot be told apart.*one by one"):
+        model.treat(["rain"])
+    with pytest.raises(SiteError, match=r"got a list.*one by one"):
+        model.unfreeze(["**"])
+    perceived = QualityPerceiver.from_pretrained("perceive-tiny")(IMAGE)
+    for call in (model, model.restore):
+        with pytest.raises(PerceptionError, match="got a Perceived; expected a Perception"):
+            call(IMAGE, perception=perceived)
+    with pytest.raises(PerceptionError, match="got a Perceived"), model.fold(perceived):
+        pass

@@ -41,9 +41,19 @@ def test_a_deleted_adapter_leaves_no_hook(model: PerceiveModel) -> None:
     def hooks() -> int:
         return sum(len(m._forward_hooks) for m in model.backbone.modules())
 
+    injector = model.adapters["rain"]
     model.delete_adapter("rain")
     assert hooks() == len(model.sites)
     assert model.status().adapters == ("default",)
+    net = CASES["u_shape"].net()
+    injector.attach(net)  # works and trains by itself again
+    expected = wrapped("u_shape", trained=False)
+    expected.injector.load_state_dict(injector.state_dict())
+    seen = expected.perceive(IMAGE)
+    with injector.conditioned(seen):
+        output = net(IMAGE)
+    torch.testing.assert_close(output, expected(IMAGE, perception=seen))
+    assert all(parameter.requires_grad for parameter in injector.parameters())
 
 
 def test_unwrapping_takes_all_off(model: PerceiveModel) -> None:

@@ -98,6 +98,21 @@ def test_gradients_reach_the_adapter_that_trains(model: PerceiveModel) -> None:
     assert all(p.grad is None for p in model.adapters["rain"].parameters())
 
 
+def test_networks_that_write_into_their_input_train_too() -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = CASES["u_shape"].net()
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.net(image.sub_(0.5))
+            return result
+
+    model = wrap(Writing(), perceiver=False)
+    model(IMAGES.clone(), adapter_names=["default"] * len(IMAGES)).sum().backward()
+    assert any(p.grad is not None for p in model.trainable_parameters())
+
+
 def test_names_that_do_not_fit_are_refused(model: PerceiveModel) -> None:
     for names in (["rain"], "rain", [*NAMES, None]):
         with pytest.raises(ConfigError, match="for 4 images: expected a list with a name for each"):

@@ -64,6 +64,25 @@ def test_pil_images(mode: str, model: PerceiveModel) -> None:
     assert restored.tobytes() != image.tobytes()
 
 
+def test_pil_images_keep_their_colour_space(model: PerceiveModel) -> None:
+    image = Image.fromarray((PIXELS[..., :3] * 255).astype(np.uint8))
+    image.info["icc_profile"] = b"of the camera"
+    for same in (image, image.convert("P")):
+        assert model.restore(same).info["icc_profile"] == b"of the camera"
+    assert "icc_profile" not in model.restore(Image.fromarray(np.array(image))).info
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_what_diverged_gives_no_image(kind: Any) -> None:
+    model = wrapped("u_shape")
+    with torch.no_grad():
+        next(model.injector.parameters()).fill_(torch.nan)
+    with pytest.raises(BackboneError, match=r"NaN or infinite.*torch\.float32"):
+        model.restore(PIXELS[..., :3].astype(kind))
+    with model.disabled():
+        model.restore(PIXELS[..., :3].astype(np.float32))
+
+
 def test_palettes_become_colours(model: PerceiveModel) -> None:
     image = Image.fromarray((PIXELS[..., :3] * 255).astype(np.uint8)).convert("P")
     assert model.restore(image).mode == "RGB"

@@ -244,6 +244,11 @@ def replace_parameter(perceiver: QualityPerceiver) -> None:
     perceiver.prompts.context = torch.nn.Parameter(context, requires_grad=False)
 
 
+def load_other_towers(perceiver: QualityPerceiver) -> None:
+    weights = perceiver.towers.state_dict()
+    perceiver.towers.load_state_dict({name: 1.5 * value for name, value in weights.items()})
+
+
 def wrap_same_memory(perceiver: QualityPerceiver) -> None:
     data = perceiver.prompts.context.data
     data.add_(torch.eye(16)[0])  # counted by a version of its own
@@ -260,8 +265,13 @@ def wrap_same_memory(perceiver: QualityPerceiver) -> None:
         load_other,
         replace_parameter,
         wrap_same_memory,
+        load_other_towers,
+        lambda p: p.prompts.start.add_(1),
     ],
-    ids=["in place", "data", "written data", "state_dict", "parameter", "same memory"],
+    ids=[
+        *("in place", "data", "written data", "state_dict", "parameter", "same memory"),
+        *("towers", "start of text"),
+    ],
 )
 def test_changed_context_is_encoded_again(
     perceiver: QualityPerceiver, change: Callable[[QualityPerceiver], None]

@@ -280,6 +280,11 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="is of another model"):
             train(other, checkpoint=file, recipe=recipe(2))
         assert same(other, untouched)
+    other = model()
+    with torch.no_grad():
+        other.backbone.tail.weight.add_(0.1)
+    with pytest.raises(CheckpointError, match=r"frozen='\w+': expected frozen="):
+        train(other, checkpoint=file, recipe=recipe(2))
     file.write_bytes(file.read_bytes()[:999])
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         train(model(), checkpoint=file, recipe=recipe(2))
@@ -536,6 +541,7 @@ def test_a_compiled_step_trains_as_well() -> None:
         torch.testing.assert_close(
             compiled.injector.state_dict()[name], value, rtol=1e-2, atol=1e-4
         )
+    compiled.add_adapter("another")  # which a compiled model refuses
 
 
 class Comparing(Recording):

@@ -124,6 +124,7 @@ def _write(
     shown: dict[str, dict[str, Tensor]],
 ) -> None:
     from perceive_adapter.evaluation.report import draw_bars, draw_grid, stamp, table, write_csv
+    from perceive_adapter.folders import replace_file
     from perceive_adapter.training.runs import write_json
 
     made = stamp(arguments.protocol, arguments.device)
@@ -131,7 +132,7 @@ def _write(
         value = getattr(arguments, name)
         made[name] = "none" if value is None else str(value)
     lines = [*(f"- {name}: {value}" for name, value in made.items()), "", table(measured), ""]
-    (out / "table.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+    replace_file(out / "table.md", "\n".join(lines).encode(errors="backslashreplace"))
     write_json(out / "stamp.json", made)
     write_csv(measured, out / "images.csv")
     draw_bars(measured, out / "psnr.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,12 @@ def _draw(pixels: Tensor, quality: Tensor, target: Path) -> None:
     """Draw the quality map (h, w) over the pixels (3, H, W), and write a PNG."""
     from PIL import Image, ImageOps
 
+    from perceive_adapter.folders import replace_file
+
     photo = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     levels = Image.fromarray(quality.mul(255).round().byte().cpu().numpy())
     smooth = levels.resize(photo.size, Image.Resampling.BILINEAR)
     low, middle, high = _RAMP
-    Image.blend(photo, ImageOps.colorize(smooth, low, high, middle), _OPACITY).save(target)
+    data = BytesIO()
+    Image.blend(photo, ImageOps.colorize(smooth, low, high, middle), _OPACITY).save(data, "PNG")
+    replace_file(target, data.getvalue())

@@ -72,7 +72,7 @@ def run(arguments: Namespace) -> int:
     if (channels := model.sites.image_channels) not in (1, 3):
         raise BackboneError(
             f"--backbone {arguments.backbone} takes images of {channels} channels: expected gray "
-            "or RGB, as image files are. Call model.restore in Python with what it takes."
+            "or RGB, as image files are. Call the wrapped model itself in Python, with a tensor."
         )
     head, *names = column("file", [one.file for one in found])
     head_out, *names_out = column("restored", targets)

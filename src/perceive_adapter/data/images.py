@@ -153,7 +153,15 @@ def _from_pil(image: PILImage.Image) -> Planes:
             f"the PIL image has mode {image.mode!r}; expected L, LA, RGB or RGBA: {remedy}"
         )
     planes = _from_array(np.array(image))
-    return Planes(planes.color, planes.alpha, lambda out: PILImage.fromarray(planes.pack(out)))
+    profile = image.info.get("icc_profile")
+
+    def pack(out: Tensor) -> PILImage.Image:
+        packed = PILImage.fromarray(planes.pack(out))
+        if profile is not None and packed.mode == image.mode:
+            packed.info["icc_profile"] = profile  # the colours are still of that space
+        return packed
+
+    return Planes(planes.color, planes.alpha, pack)
 
 
 def _from_array(image: np.ndarray[Any, Any]) -> Planes:

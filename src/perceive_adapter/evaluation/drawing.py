@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from perceive_adapter.evaluation.report import new_figure
+from perceive_adapter.evaluation.report import new_figure, save_figure
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.plan import Role, Site
 from perceive_adapter.injection.probe import Example, quiet, trace, weight_like_images
@@ -72,7 +72,7 @@ def draw_sites(model: PerceiveModel, file: Path) -> None:
     axes.set_title(f"{type(model.backbone).__name__}, {model.status()}", fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file, dpi=150)
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,32 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from perceive_adapter._version import __version__
 from perceive_adapter.evaluation.measure import Measured
+from perceive_adapter.folders import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_bars", "draw_grid", "group_means", "new_figure", "stamp", "table", "write_csv"]
+__all__ = [
+    "draw_bars",
+    "draw_grid",
+    "group_means",
+    "new_figure",
+    "save_figure",
+    "stamp",
+    "table",
+    "write_csv",
+]
 
 _ROWS = 20  # of the picture before and after
 
@@ -58,10 +69,11 @@ def table(measured: Sequence[Measured]) -> str:
 
 def write_csv(measured: Sequence[Measured], file: Path) -> None:
     """Write a row for every image and network."""
-    with file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(Measured)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in measured)
+    stream = StringIO(newline="")
+    writer = csv.DictWriter(stream, [field.name for field in fields(Measured)])
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in measured)
+    replace_file(file, stream.getvalue().encode(errors="backslashreplace"))
 
 
 def stamp(protocol: str, device: torch.device | str) -> dict[str, str]:
@@ -95,7 +107,7 @@ def draw_bars(measured: Sequence[Measured], file: Path) -> None:
     )
     axes.set_ylabel("PSNR in dB")
     axes.legend()
-    figure.savefig(file)
+    save_figure(figure, file)
 
 
 def draw_grid(images: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
@@ -111,7 +123,14 @@ def draw_grid(images: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
             cell.set_yticks([])
             cell.set_title(name, fontsize=8)
         axes[0].set_ylabel(_told(row), fontsize=8)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file, dpi=150)
+
+
+def save_figure(figure: Figure, file: Path, **options: Any) -> None:
+    """Write a figure in the format that the file's suffix names; it is whole or as it was."""
+    data = BytesIO()
+    figure.savefig(data, format=file.suffix[1:].lower() or "png", **options)
+    replace_file(file, data.getvalue())
 
 
 def new_figure(width: float, height: float) -> Figure:

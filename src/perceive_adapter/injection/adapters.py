@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.injection.injector import PromptInjector
-from perceive_adapter.injection.state import Lock
+from perceive_adapter.injection.state import Lock, Passes
 
 __all__ = ["AdapterSet"]
 
@@ -107,9 +107,7 @@ class AdapterSet(nn.ModuleDict):
             part for part, parameter in old.named_parameters() if parameter.requires_grad
         }
         old.requires_grad_(False)
-        training = self._trains[name]
-        for part, parameter in new.named_parameters():
-            parameter.requires_grad_(training is None or part in training)
+        _set_trained(new, self._trains[name])
         new.enabled, old.enabled = old.enabled, False
         self.active = name
 
@@ -123,7 +121,11 @@ class AdapterSet(nn.ModuleDict):
         if name == self.active:
             raise ConfigError(f"adapter {name!r} is active; set_adapter() another one first")
         injector.detach()
-        del self[name], self._trains[name]
+        del self[name]
+        # It is its owner's again, who may attach it elsewhere.
+        injector.lock, injector.state.passes = Lock(), Passes()
+        injector.enabled = True
+        _set_trained(injector, self._trains.pop(name))
 
     def check_names(self, names: Sequence[str | None], batch: int) -> None:
         """Raise if ``names`` do not name an adapter, or None, for each image of a batch.
@@ -178,3 +180,9 @@ class AdapterSet(nn.ModuleDict):
         """Take the hooks of all injectors off the backbone."""
         for name in self:
             self.named(name).detach()
+
+
+def _set_trained(injector: PromptInjector, parts: set[str] | None) -> None:
+    """Let these parameters train, None for all, and no others."""
+    for part, parameter in injector.named_parameters():
+        parameter.requires_grad_(parts is None or part in parts)

@@ -39,6 +39,12 @@ class FrozenBackbone:
         Raises:
             SiteError: a pattern matches no parameter.
         """
+        patterns = tuple(patterns)
+        if odd := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+            raise SiteError(
+                f"unfreeze() got a {type(odd[0]).__name__}, {odd[0]!r}; expected names or globs "
+                'one by one, as in unfreeze("head.*", "body.3.weight")'
+            )
         parameters = dict(self.backbone.named_parameters())
         names = list(
             dict.fromkeys(n for p in patterns for n in matching(p, parameters, "parameter"))

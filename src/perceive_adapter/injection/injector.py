@@ -294,14 +294,30 @@ class PromptInjector(nn.Module):
         weights = {prompt.site.name: weight for _, prompt, weight in foldable}
         return self.branches.folded(condition, weights)
 
+    def check_idle(self) -> None:
+        """Raise where the backbone runs with a perception already; the caller holds the lock.
+
+        Raises:
+            PerceptionError: so it is.
+        """
+        if self.state.armed:
+            raise PerceptionError(
+                "the backbone runs with another perception already; leave that context first"
+            )
+
     def disarm(self) -> None:
         """End the forward pass; its backward pass still finds the condition."""
         self.state.disarm()
 
     @contextmanager
     def conditioned(self, perception: Perception) -> Iterator[None]:
-        """Let the backbone run with ``perception``, as often as wanted, inside the context."""
+        """Let the backbone run with ``perception``, as often as wanted, inside the context.
+
+        Raises:
+            PerceptionError: a pass of another perception is under way in this thread.
+        """
         with self.lock:
+            self.check_idle()
             self.arm(self.encoder(perception))
             try:
                 yield

@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from perceive_adapter.errors import (
     BackboneError,
@@ -27,7 +28,7 @@ from perceive_adapter.injection.checkpoint import fingerprint, read_beside, save
 from perceive_adapter.injection.folding import folded_weights
 from perceive_adapter.injection.freezing import FrozenBackbone, hold_in_eval
 from perceive_adapter.injection.injector import PromptInjector
-from perceive_adapter.injection.perception import Perception, ValueRange
+from perceive_adapter.injection.perception import Perception, ValueRange, check_perception
 from perceive_adapter.injection.plan import SitePlan
 from perceive_adapter.injection.probe import check_image
 from perceive_adapter.injection.restore import Image, find_multiple, restore_image
@@ -131,11 +132,7 @@ class PerceiveModel(nn.Module):
                 return self.backbone(*args, **kwargs)
             image = self._image(args, kwargs)
             if self._folded is not None:
-                if adapter_names is not None or perception not in (None, self._folded):
-                    raise PerceptionError(
-                        "another perception, or names of adapters, were given inside fold(); leave "
-                        "the context first"
-                    )
+                self._check_folded(perception, adapter_names)
                 return self.backbone(*args, **kwargs)
             if adapter_names is not None:
                 conditions = self._conditions(adapter_names, perception, image)
@@ -160,7 +157,10 @@ class PerceiveModel(nn.Module):
         injector = self.injector
         if torch.compiler.is_dynamo_compiling():  # an exported graph is a copy
             self._compiled = True
-        if not injector.enabled or self._folded is not None:
+        if not injector.enabled:
+            return self.backbone(*args, **kwargs)
+        if self._folded is not None:
+            self._check_folded(perception, adapter_names)
             return self.backbone(*args, **kwargs)
         image = self._image(args, kwargs)
         try:
@@ -251,9 +251,11 @@ class PerceiveModel(nn.Module):
         it does nothing.
 
         Raises:
-            PerceptionError: the perception is of more than one image, or a fold is under way.
+            PerceptionError: the perception is of more than one image, or a fold, or a forward pass
+                of another perception, is under way.
             BackboneError: the model was unwrapped.
         """
+        check_perception(perception)
         if perception.batch != 1:
             raise PerceptionError(
                 f"fold() takes the perception of one image, and this is of {perception.batch}"
@@ -262,6 +264,7 @@ class PerceiveModel(nn.Module):
             if not injector.enabled:
                 yield
                 return
+            injector.check_idle()
             with torch.no_grad():
                 condition = injector.encoder(perception)
             try:
@@ -313,6 +316,15 @@ class PerceiveModel(nn.Module):
         if self._folded is not None:
             raise PerceptionError("fold() is under way already; leave that context first")
 
+    def _check_folded(
+        self, perception: Perception | None, adapter_names: Sequence[str | None] | None
+    ) -> None:
+        if adapter_names is not None or not (perception is None or perception is self._folded):
+            raise PerceptionError(
+                "another perception, or names of adapters, were given inside fold(); leave "
+                "the context first"
+            )
+
     # State
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -325,15 +337,42 @@ class PerceiveModel(nn.Module):
             self._check_unfolded()
             return super().state_dict(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PerceiveModel:
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, as any module does; waits for other threads.
+
+        Raises:
+            PerceptionError: a fold is under way, at the end of which they would be lost.
+        """
         with self.adapters.lock:
-            copied = memo[id(self)] = type(self).__new__(type(self))
-            copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-            return copied
+            self._check_unfolded()
+            return super().load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_unfolded()  # a module around this one loads its weights
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with self.adapters.lock:  # .to() and the like put other weights in place
+            self._check_unfolded()
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerceiveModel:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(self._copied(memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_unfolded()
-        return self.__dict__.copy()
+        # Modules of its own, of the same tensors: pickle reads them when others may fold again.
+        return self._copied({id(x): x for x in chain(self.parameters(), self.buffers())})
+
+    def _copied(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """Copy what the model holds; waits for other threads. No context reaches into a copy."""
+        with self.adapters.lock:
+            self._check_unfolded()
+            state = {**super().__getstate__(), "_compiled": False}  # type: ignore[no-untyped-call]
+            copied: dict[str, Any] = copy.deepcopy(state, memo)
+        copied["_modules"]["adapters"].disarm()
+        return copied
 
     @property
     def injector(self) -> PromptInjector:
@@ -424,8 +463,9 @@ class PerceiveModel(nn.Module):
         if unknown := [name for name in degradations if name not in known]:
             told = f"tells {', '.join(known)}" if known else "is not there or tells none"
             raise ConfigError(
-                f"{', '.join(unknown)} cannot be told apart: this model's perceiver {told}. Name "
-                "some of these, or wrap with a perceiver that tells degradations"
+                f"{', '.join(map(str, unknown))} cannot be told apart: this model's perceiver "
+                f'{told}. Name some of these one by one, as in treat("rain", "haze"), or wrap '
+                "with a perceiver that tells degradations"
             )
         columns = tuple(known.index(name) for name in dict.fromkeys(degradations))
         with self._in_turn(folded=False):
@@ -656,6 +696,7 @@ class PerceiveModel(nn.Module):
                     "steers this adapter; give perception=Perception(...)"
                 )
             return seen
+        check_perception(perception)
         if perception.batch not in (1, image.shape[0]):
             raise PerceptionError(
                 f"the perception is of {perception.batch} images and the batch has "
@@ -669,7 +710,8 @@ class PerceiveModel(nn.Module):
         """Return the condition of each adapter that is named for an image of a batch."""
         self.adapters.check_names(names, image.shape[0])
         if perception is None:
-            unit = self.value_range.to_unit(image)
+            # A copy, for the sake of networks that write to their input, as above.
+            unit = self.value_range.to_unit(image.clone() if torch.is_grad_enabled() else image)
             shared = self._seen(unit)
         conditions = {}
         for name in self.adapters:

@@ -13,7 +13,7 @@ from torch import Tensor
 from perceive_adapter.errors import ConfigError, PerceptionError
 from perceive_adapter.pytrees import register_pytree
 
-__all__ = ["Perception", "ValueRange"]
+__all__ = ["Perception", "ValueRange", "check_perception"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,19 @@ class Perception:
 
 
 register_pytree(Perception)
+
+
+def check_perception(given: object) -> None:
+    """Raise unless what was given as a perception is one, or None.
+
+    Raises:
+        PerceptionError: it is something else.
+    """
+    if given is not None and not isinstance(given, Perception):
+        raise PerceptionError(
+            f"perception= got a {type(given).__name__}; expected a Perception, as "
+            "model.perceive(image) gives, or Perception(severity=...) with what is known elsewhere"
+        )
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from perceive_adapter.data.images import Image, read_image
 from perceive_adapter.errors import BackboneError, ConfigError, ImageError, PerceptionError
+from perceive_adapter.injection.perception import Perception, check_perception
 from perceive_adapter.injection.probe import image_in, weight_like_images
 from perceive_adapter.injection.tiling import Grid, weights
 from perceive_adapter.modes import keeping_modes
 
 if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
-    from perceive_adapter.injection.perception import Perception
 
 __all__ = ["Image", "find_multiple", "is_out_of_memory", "restore_image"]
 
@@ -52,6 +52,7 @@ def restore_image(
         )
     gray = color.shape[1] == 1
     inputs = color.expand(-1, 3, -1, -1) if channels == 3 else color.flatten(0, 1)[:, None]
+    check_perception(perception)
     if perception is not None and perception.batch not in (1, len(color)):
         raise PerceptionError(
             f"a perception of {perception.batch} images was given for {len(color)}; expected one "
@@ -71,6 +72,12 @@ def restore_image(
                 )
                 for index, one in enumerate(inputs)
             ]
+        )
+    if not restored.isfinite().all():
+        raise BackboneError(
+            f"the network gave NaN or infinite values for an image without any. Its weights are "
+            f"{weight_like_images(model.backbone).dtype}: float16 may be too small for its "
+            "features, and an adapter may have diverged; try float32, and model.disabled()"
         )
     if channels == 1 and not gray:
         if restored.shape[1] != 1:

@@ -33,6 +33,12 @@ class _EncodedText(NamedTuple):
     features: Tensor
 
 
+def _version(tensor: Tensor) -> tuple[object, ...]:
+    """By what it is told that a tensor is the one that it was."""
+    count = 0 if tensor.is_inference() else tensor._version
+    return count, tensor.data_ptr(), tensor.dtype, tensor.device
+
+
 class QualityPerceiver(nn.Module):
     """Tell the quality tier of an image with learnable prompts on a frozen CLIP.
 
@@ -402,7 +408,8 @@ class QualityPerceiver(nn.Module):
         if context.requires_grad or torch.compiler.is_compiling():
             return self.towers.encode_prompts(self.prompts())
         kept = not context.is_inference()  # such a tensor does not count its versions
-        key = (context._version if kept else 0, context.data_ptr(), context.dtype, context.device)
+        decisive = (context, self.prompts.start, self.prompts.end, *self.towers.text.parameters())
+        key = tuple(map(_version, decisive))
         cached = self._text_cache
         if (
             kept

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
 from perceive_adapter.errors import CheckpointError, ConfigError, ImageError, TrainingError
-from perceive_adapter.injection.checkpoint import whole
+from perceive_adapter.injection.checkpoint import fingerprint, whole
 from perceive_adapter.training.checkpoints import (
     REMEDY,
     check_settings,
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RestorationRun", "in_channels_last"]
 
-_STATE: Final = ("step", "recipe", "data", "precision", "model", "optimizer", "ema", "scaler")
+_WEIGHTS: Final = ("model", "optimizer", "ema", "scaler")
+_STATE: Final = ("step", "recipe", "data", "precision", "frozen", *_WEIGHTS)
 _LOG_EVERY: Final = 20
 _KEPT: Final = 0.8  # share of the progress bar's average that the past keeps
 _SEEDS: Final = 1_000_003
@@ -260,8 +261,12 @@ class RestorationRun:
 
     @cached_property  # photographs are hashed for it
     def _settings(self) -> dict[str, Any]:
-        """What decides the weights, besides the model and the content of pairs."""
-        told = {"recipe": asdict(self.recipe), "data": self.data.settings()}
+        """What decides the weights, besides those that train and the content of pairs."""
+        told: dict[str, Any] = {"recipe": asdict(self.recipe), "data": self.data.settings()}
+        inner = self.accelerator.unwrap_model(self.step)
+        frozen = {name for name, value in inner.named_parameters() if not value.requires_grad}
+        others = [name for name in inner.state_dict() if name not in frozen]
+        told["frozen"] = fingerprint(inner, leave_out=others)
         return {**told, "precision": self.accelerator.mixed_precision}
 
     def _agreed(self, step: int, file: Path | None) -> int:

@@ -124,8 +124,8 @@ def train_restoration(
             perceiver.
         BackboneError: the wrapped network takes no RGB image, is an upscaler, or cannot run on
             patches of this size.
-        CheckpointError: the checkpoint is damaged, or of another run: another recipe, model or
-            data, of which all but the content of pairs is compared.
+        CheckpointError: the checkpoint is damaged, or of another run: another recipe, model,
+            frozen weights included, or data, of which all but the content of pairs is compared.
         TrainingError: loss or gradient are no longer finite; the last checkpoint is from before.
     """
     from accelerate import Accelerator
@@ -179,10 +179,12 @@ def objective_for(model: nn.Module, weights: ObjectiveWeights) -> RestorationObj
 @contextmanager
 def _compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Compile the model for a while, if wanted, and leave it as it was given."""
-    before = model._compiled_call_impl
+    names = ("_compiled_call_impl", "_compiled")  # the latter of a wrapped model
+    before = {name: getattr(model, name) for name in names if hasattr(model, name)}
     try:
         if wanted:
             model.compile()
         yield
     finally:
-        model._compiled_call_impl = before
+        for name, value in before.items():
+            setattr(model, name, value)
