@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -135,7 +136,15 @@ def test_the_compact_features_are_the_image_in_unit_range() -> None:
 
 @pytest.mark.parametrize(
     ("given", "low", "high"),
-    [((0, 1), 0, 1), ((-1, 1), -1, 1), ((0, 255), 0, 255), (([0.5] * 3, [0.25] * 3), -2, 2)],
+    [
+        ((0, 1), 0, 1),
+        ((-1, 1), -1, 1),
+        ((0, 255), 0, 255),
+        (([0.5] * 3, [0.25] * 3), -2, 2),
+        ((np.float32(-1), np.float32(1)), -1, 1),
+        ((np.full(3, 0.5), torch.full((3,), 0.25)), -2, 2),
+        (torch.tensor([-1.0, 1.0]), -1, 1),
+    ],
 )
 def test_value_ranges_map_to_unit_and_back(given: Any, low: float, high: float) -> None:
     values = ValueRange.of(given)

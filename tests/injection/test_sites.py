@@ -542,3 +542,11 @@ def test_examples_and_image_arguments_may_be_named_or_placed() -> None:
         for image_arg in (0, "lq")
     ]
     assert plans[0] == plans[1] == plans[2] == plans[3]
+
+
+def test_a_network_without_gradients_is_told_so() -> None:
+    net = CASES["u_shape"].net()
+    forward = net.forward
+    net.forward = torch.no_grad()(forward)  # type: ignore[method-assign]
+    with pytest.raises(SiteError, match=r"no gradient of the output.*turn gradients off"):
+        wrap(net, perceiver=False)

@@ -363,7 +363,9 @@ class PerceiveModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules of its own, of the same tensors: pickle reads them when others may fold again.
-        return self._copied({id(x): x for x in chain(self.parameters(), self.buffers())})
+        plain = (x for module in self.modules() for x in vars(module).values())
+        tensors = chain(self.parameters(), self.buffers(), plain)
+        return self._copied({id(x): x for x in tensors if isinstance(x, Tensor)})
 
     def _copied(self, memo: dict[int, Any]) -> dict[str, Any]:
         """Copy what the model holds; waits for other threads. No context reaches into a copy."""

@@ -155,6 +155,9 @@ class ValueRange:
         """
         if isinstance(value, ValueRange):
             return value
+        value = _plain(value)
+        if isinstance(value, tuple | list):
+            value = [_plain(part) for part in value]
         problem = ConfigError(
             f"value_range={value!r}; expected (low, high) with low < high, such as (0, 1), or "
             "(mean, std) as two sequences with one positive std for each channel"
@@ -191,3 +194,9 @@ class ValueRange:
     def _columns(self, image: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1)
         return image.new_tensor(self.mean).view(shape), image.new_tensor(self.std).view(shape)
+
+
+def _plain(value: object) -> object:
+    """Numbers and lists of arrays, tensors and their elements; others as they are."""
+    tolist = getattr(value, "tolist", None)
+    return value if tolist is None else tolist()

@@ -57,15 +57,21 @@ def verified(
         if _count(trained) > _count(gradients):
             gradients, failure = trained, problem
     usable = [site for site in plan if gradients.get(site) is not None]
-    if lost := [site.name for site in plan if site not in usable]:
-        why = failure or "the output does not depend on them"
+    if lost := list(dict.fromkeys(site.name for site in plan if site not in usable)):
+        why = failure or "no gradient of the output reaches them"
         if named or not usable:
+            remedy = "leave these sites out" if usable or failure else _NO_GRADIENT
             raise SiteError(
-                f"a backward pass with prompts at {', '.join(lost[:5])} fails: {why}; "
-                "leave these sites out"
+                f"a backward pass with prompts at {', '.join(lost[:5])} fails: {why}; {remedy}"
             ) from failure
     blocked = tuple(dict.fromkeys(site.name for site in usable if not gradients[site]))
     return plan.replace(sites=tuple(usable), blocked=blocked, folds=folds)
+
+
+_NO_GRADIENT = (
+    "the network may turn gradients off in its forward (torch.no_grad(), .detach()): take that "
+    "out, or name other sites=..."
+)
 
 
 @torch.no_grad()

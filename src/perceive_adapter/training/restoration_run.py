@@ -226,12 +226,13 @@ class RestorationRun:
         inner, optimizer = self._bare()
         model = get_model_state_dict(inner, options=_WHOLE)
         moments = get_optimizer_state_dict(inner, optimizer, options=_WHOLE)
-        ema = [whole(value).cpu() for value in self.ema]  # gathers, so every process must
+        # These gather, so every process must.
+        ema, settings = [whole(value).cpu() for value in self.ema], self._settings
         scaler = self.accelerator.scaler
         if self.accelerator.is_main_process:
             state = {
                 "step": done,
-                **self._settings,
+                **settings,
                 "model": model,
                 "optimizer": moments,
                 "ema": ema,
