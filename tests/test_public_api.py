@@ -51,6 +51,7 @@ MODEL_METHODS = {
     "fold": "perception",
     "forward": "*args *perception *adapter_names=None **kwargs",
     "hotswap_adapter": "pretrained name=None **hub_options",
+    "load_state_dict": "*args **kwargs",
     "perceive": "image",
     "print_trainable_parameters": "",
     "push_to_hub": "repo_id *figures=None **options",
