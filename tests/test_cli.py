@@ -195,9 +195,13 @@ def test_a_map_that_cannot_be_written(tmp_path: Path, saved: Path, capsys: Any) 
 def test_links_that_lead_nowhere(tmp_path: Path, saved: Path, capsys: Any) -> None:
     Image.new("RGB", (20, 20), "gray").save(tmp_path / "a.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
-    paths = [tmp_path / "loop.png", tmp_path / "a.png"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    paths = [tmp_path / "loop.png", tmp_path / "a.png", tmp_path / "links"]
     assert perceive(*paths, "--map", tmp_path / "maps", "--perceiver", saved) == 1
-    assert "skipped" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "loop.png" in errors
+    assert "dangling.png' is a link to a file that is not there" in errors
 
 
 def test_where_nothing_can_be_perceived(tmp_path: Path, saved: Path) -> None:

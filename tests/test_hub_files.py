@@ -32,7 +32,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"a.weight": weight, "a.tied": weight, "b": weight.half().T, "scale": torch.tensor(3.0)}
 
 
-def save(folder: Path, config: dict[str, Any] = CONFIG, card: str = CARD) -> Path:
+def save(folder: Path | str, config: dict[str, Any] = CONFIG, card: str = CARD) -> Path:
     return save_folder(
         folder,
         config=config,
@@ -141,6 +141,13 @@ def test_save_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"it is a file.*name of a folder"):
         save(tmp_path / "file")
+
+
+def test_save_refuses_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot save to ''.*or '\.' for this one"):
+        save("")
+    assert not any(tmp_path.iterdir())
 
 
 def damage_tensors(folder: Path, how: str) -> None:

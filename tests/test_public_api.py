@@ -22,6 +22,7 @@ NAMES = [
     "ConfigError",
     "DifficultyAdaptiveLoss",
     "ImageError",
+    "ImageRangeWarning",
     "Layout",
     "LossInputError",
     "MissingDependencyError",

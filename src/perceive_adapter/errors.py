@@ -8,6 +8,7 @@ __all__ = [
     "CompiledBackboneError",
     "ConfigError",
     "ImageError",
+    "ImageRangeWarning",
     "LossInputError",
     "MissingDependencyError",
     "PerceiveError",
@@ -69,6 +70,10 @@ class TrainingError(PerceiveError, RuntimeError):
 
 class MissingDependencyError(PerceiveError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+class ImageRangeWarning(UserWarning):
+    """An image has the values of images in [-1, 1]."""
 
 
 class UntrainedPerceiverWarning(UserWarning):

@@ -74,7 +74,7 @@ def save_folder(
         card: text of ``README.md``; its front matter names the library, so that it can be replaced.
 
     Raises:
-        CheckpointError: ``path`` is a file, or cannot be made or written to.
+        CheckpointError: ``path`` is empty, a file, or cannot be made or written to.
         ConfigError: the config cannot be written as JSON.
 
     Example:
@@ -87,6 +87,10 @@ def save_folder(
         >>> config["rank"], tensors["w"]
         (4, tensor([1., 1.]))
     """
+    if not os.fspath(path):
+        raise CheckpointError(
+            "cannot save to '', which names no folder: give the name of one, or '.' for this one."
+        )
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(

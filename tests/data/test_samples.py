@@ -60,7 +60,7 @@ class TestFiles:
         (root / "again").symlink_to(tmp_path / "elsewhere")
         (root / "deep" / "circle").symlink_to(root)
         (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "elsewhere")
-        (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+        (root / "folder.png").mkdir()
         found = [path.relative_to(root).as_posix() for path in find_images(root)]
         assert found == ["again/a.png", "b.png", "deep/c.png"]
 
@@ -92,6 +92,11 @@ class TestFiles:
         assert small.shape == (3, 20, 40)
         assert large.shape == (3, 30, 60)
         assert large[0, 15].sort().values.equal(large[0, 15])
+
+    def test_says_which_link_leads_nowhere(self, tmp_path: Path) -> None:
+        (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+        with pytest.raises(ImageError, match=r"dangling\.png' is a link to a file that is not"):
+            load_photos(find_images(tmp_path))
 
     def test_says_which_file_is_no_image(self, tmp_path: Path) -> None:
         (tmp_path / "torn.png").write_bytes(b"\x89PNG torn")

@@ -57,6 +57,11 @@ def test_data_parallel_names_the_one_that_works() -> None:
         replica(IMAGE)
 
 
+def test_a_data_parallel_backbone_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"is a DataParallel, .*wrap the network in it"):
+        wrap(torch.nn.DataParallel(torch.nn.Conv2d(3, 3, 3, padding=1)), example=IMAGE)
+
+
 @pytest.mark.parametrize("call", [PerceiveModel.forward, PerceiveModel.perceive])
 def test_images_on_another_device_are_refused(call: Any) -> None:
     with pytest.raises(ImageError, match="the image is on meta and the model on cpu"):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from skimage.data import astronaut
 from tiny_clip import RESNET, VIT, images, tiny, trained
 
-from perceive_adapter.errors import ConfigError, ImageError, LossInputError
+from perceive_adapter.errors import ConfigError, ImageError, ImageRangeWarning, LossInputError
 from perceive_adapter.errors import UntrainedPerceiverWarning as Untrained
 from perceive_adapter.perceiver import QualityPerceiver
 
@@ -386,6 +387,20 @@ def test_untrained_warns_once_per_instance() -> None:
 def test_bad_images(perceiver: QualityPerceiver, image: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         perceiver(image)
+
+
+def test_an_image_of_another_range_is_told() -> None:
+    with pytest.warns(ImageRangeWarning, match=r"below 0, down to -1.*\(image \+ 1\) / 2"):
+        trained()(2 * IMAGES - 1)
+
+
+def test_strong_noise_on_a_photograph_is_of_no_other_range() -> None:
+    photo = torch.from_numpy(astronaut()).permute(2, 0, 1)[None] / 255
+    noisy = photo + 50 / 255 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))
+    assert noisy.min() < -0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained()(noisy)
 
 
 @pytest.mark.parametrize("tier", [torch.tensor([0]), torch.zeros(3), torch.zeros(3, 1).long()])

@@ -120,7 +120,7 @@ def find_inputs(paths: Sequence[Path], outputs: Path | None, report: Report) -> 
         for problem in unlisted(path):
             report.complain(f"{problem}, and is skipped. Change who may read it.")
         found = [Found(file, file.relative_to(path)) for file in images_below(path)]
-        found = [one for one in found if one.file.is_file()]
+        found = [one for one in found if not one.file.is_dir()]
         if outputs is not None and not _lies_in(path, outputs):
             found = [one for one in found if not _lies_in(one.file, outputs)]
         if not found:

@@ -98,7 +98,9 @@ def _decoding(name: str) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if error.filename is not None and os.path.islink(error.filename):
+            raise ImageError(f"{name} is a link to a file that is not there") from None
         raise ImageError(f"there is no image file {name}; check the path") from None
     except PILImage.DecompressionBombError as error:
         raise too_large(name, error) from error

@@ -105,7 +105,7 @@ def find_images(folder: str | os.PathLike[str], *, deep: bool = True) -> list[Pa
             f"{'; '.join(unread)}: expected folders that may be read. Change who may read "
             "them, or move them elsewhere."
         )
-    found = [path for path in images_below(root, deep=deep) if path.is_file()]
+    found = [path for path in images_below(root, deep=deep) if not path.is_dir()]
     if not found:
         state = "holds no image" if root.is_dir() else "is no folder"
         raise ConfigError(

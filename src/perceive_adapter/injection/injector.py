@@ -336,8 +336,8 @@ def check_backbone(
         without_weights: whether it may be on the meta device.
 
     Raises:
-        BackboneError: no module, on several devices, on the meta device, or
-            with weights that were made under ``torch.inference_mode()``.
+        BackboneError: no module, in a wrapper for several devices, on several devices, on the meta
+            device, or with weights that were made under ``torch.inference_mode()``.
         CompiledBackboneError: compiled or scripted.
         AlreadyWrappedError: it carries the hooks of an injector.
     """
@@ -345,6 +345,12 @@ def check_backbone(
         raise BackboneError(
             f"the backbone is a {type(backbone).__name__}; expected a torch.nn.Module (of a "
             "spandrel descriptor, take .model)"
+        )
+    if isinstance(backbone, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise BackboneError(
+            f"the backbone is a {type(backbone).__name__}, which would neither copy prompt modules "
+            "nor average their gradients; wrap the network in it, its .module, and put "
+            "nn.parallel.DistributedDataParallel around the result"
         )
     for module in backbone.modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -361,6 +367,10 @@ def check_backbone(
                     "add_adapter(), or unwrap() it first (of a copy: copy the model, and unwrap "
                     "that)"
                 )
+    _check_tensors(backbone, without_weights)
+
+
+def _check_tensors(backbone: nn.Module, without_weights: bool) -> None:
     tensors = [*backbone.parameters(), *backbone.buffers()]
     if any(map(torch.nn.parameter.is_lazy, tensors)):
         raise BackboneError(

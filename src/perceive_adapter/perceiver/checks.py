@@ -1,15 +1,19 @@
 """Checks of the images that a perceiver is given."""
 
 import math
+from typing import Final
+from warnings import warn
 
 import torch
 from torch import Tensor
 
-from perceive_adapter.errors import ImageError
+from perceive_adapter.errors import ImageError, ImageRangeWarning
 
 __all__ = ["check_finite", "check_image", "check_range"]
 
-_LARGEST = 16.0  # far beyond [0, 1], and below what 8-bit images reach
+_LARGEST: Final = 16.0  # far beyond [0, 1], and below what 8-bit images reach
+_LOWEST: Final = -0.25  # what noise may reach in the darkest parts
+_NEGATIVE: Final = 0.25  # share of negative values that noise on a photograph does not make
 
 
 def check_image(image: Tensor) -> None:
@@ -34,17 +38,27 @@ def check_image(image: Tensor) -> None:
 
 
 def check_range(views: Tensor) -> None:
-    """Raise ImageError where views of an image have the values of 8-bit images.
+    """Raise ImageError where views have the values of 8-bit images, warn where those of [-1, 1].
 
-    A restored image that trains may leave [0, 1] for a while; on another device than the CPU a look
+    An error would not do for the latter: strong noise on a black image has such values too. A
+    restored image that trains may leave [0, 1] for a while; on another device than the CPU a look
     at the values would wait.
     """
     if views.requires_grad or views.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if _LARGEST < (largest := float(views.amax())) < math.inf:
+    lowest, largest = (float(value) for value in views.aminmax())
+    if _LARGEST < largest < math.inf:
         raise ImageError(
             f"the perceiver got an image with values up to {largest:.4g}: expected RGB in [0, 1]. "
             "Divide 8-bit images by 255."
+        )
+    if -math.inf < lowest < _LOWEST and (share := float((views < 0).float().mean())) > _NEGATIVE:
+        warn(
+            f"the perceiver got an image of which {share:.0%} is below 0, down to {lowest:.2g}: "
+            "expected RGB in [0, 1]. Of an image in [-1, 1] give (image + 1) / 2; of a network "
+            "that takes such images, wrap(..., value_range=(-1, 1)) does it.",
+            ImageRangeWarning,
+            stacklevel=6,
         )
 
 

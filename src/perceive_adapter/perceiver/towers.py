@@ -176,9 +176,9 @@ def build_clip(clip: str | Architecture, pretrained: str | os.PathLike[str] | No
         return _from_architecture(clip, pretrained)
     if clip not in open_clip.list_models():
         near = difflib.get_close_matches(clip, open_clip.list_models(), n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ConfigError(
-            f"open_clip has no model {clip!r}. Did you mean one of {near}? "
-            "open_clip.list_models() names all."
+            f"open_clip has no model {clip!r}.{hint} open_clip.list_models() names all."
         )
     if pretrained is None or os.path.isfile(pretrained):
         return _from_architecture(open_clip.get_model_config(clip), pretrained)
