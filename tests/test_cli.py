@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from perceive_adapter import ConfigError, ImageError, QualityPerceiver, UnseenTaskWarning
 from perceive_adapter.cli import COMMANDS, _parsers, main
 from perceive_adapter.cli.finetune_data import Found, find_data
-from perceive_adapter.cli.options import device, integer, rate, with_config
+from perceive_adapter.cli.options import device, integer, rate, read_path, with_config
 from perceive_adapter.data import FAMILIES, KINDS
 from perceive_adapter.data.contents import content_digest
 from perceive_adapter.data.pairs import Pair, read_pair
@@ -464,7 +464,7 @@ def test_a_killed_run_ends_with_the_same_weights(
         assert 0 < steps_done(checkpoints / name) < steps
         assert not (out / WEIGHTS).exists()
     # What a kill in the middle of writing leaves: it is never taken for a checkpoint.
-    (checkpoints / ".stage1.pt.1234").write_bytes(b"half")
+    (checkpoints / ".stage1.pt.9999999").write_bytes(b"half")
     assert train(*options) == 0
     killed, whole = (load_file(folder / WEIGHTS) for folder in (out, uninterrupted[0]))
     assert killed.keys() == whole.keys()
@@ -868,8 +868,46 @@ def test_evaluate_leaves_out_what_is_broken_if_asked(
     assert 'leave them out (broken="skip", or --broken skip)' in capsys.readouterr().err
     assert main([*told, "--broken", "skip"]) == 0
     printed = capsys.readouterr()
-    assert "Skipped 1 files" in printed.err
+    assert "Skipped 1 images" in printed.err
     assert "| pairs | 5 |" in printed.out
+
+
+def test_evaluate_leaves_out_what_turns_out_to_be_broken(
+    network: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dark = dark_pairs(tmp_path / "dark", photos)
+    file = min((dark / "gt").iterdir())
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    mixed = tmp_path / "mixed"
+    shutil.copytree(photos, mixed)
+    Image.new("RGB", (5, 5)).save(mixed / "tiny.png")
+    (mixed / "notes.png").write_text("no image")
+    for data, protocol, count in ((dark, "pairs", 1), (mixed, "synthetic", 44)):
+        told = ["evaluate", "--backbone", network, "--data", str(data), "--protocol", protocol]
+        told += ["--device", "cpu", "--limit", "100"]
+        assert main(told) == 2
+        capsys.readouterr()
+        assert main([*told, "--broken", "skip"]) == 0
+        printed = capsys.readouterr()
+        assert f"Skipped {count} images, such as: " in printed.err
+        assert "mean of the groups" in printed.out
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(mixed / "tiny.png", alone)
+    told = ["evaluate", "--backbone", network, "--data", str(alone), "--protocol", "synthetic"]
+    assert main([*told, "--broken", "skip", "--device", "cpu"]) == 2
+    assert "nothing is left to measure" in capsys.readouterr().err
+
+
+def test_paths_that_name_nothing_or_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for told in (["perceive", ""], ["perceive", "a.png", "--map", ""]):
+        with pytest.raises(SystemExit, match="2"):
+            main(told)
+        assert "'' names nothing: expected a path" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_path("~/run") == tmp_path / "run"
 
 
 def test_a_report_is_no_part_of_what_is_measured(
@@ -916,6 +954,7 @@ def test_options_may_come_from_a_file(
     file.write_text(
         f"backbone: {network}\ndata: {photos}\ntasks: [rain, low_light]\nsteps: 9\n"
         "context: 48\npatch: 32\nbatch: 2\ncpu: true\ncompile: false\nrank: null\n"
+        "ratios: {}\nmediums: []\n"
         "treat: [low_light, rain]\n"
     )
     out = tmp_path / "out"
@@ -939,7 +978,9 @@ def test_options_may_come_from_a_file(
     ("told", "message"),
     [
         (["--backbone", "mine"], "expected a checkpoint file"),
-        (["--backbone", "nowhere:build"], "cannot be imported"),
+        (["--backbone", "nowhere:build"], "cannot be imported (ModuleNotFoundError"),
+        (["--backbone", "torn:build"], "cannot be imported (SyntaxError"),
+        (["--backbone", "lacking:build"], "cannot be imported (RuntimeError: no weights here"),
         (["--backbone", "mine:nothing"], "gave a int"),
         (["--backbone", "./mine.py:build"], "cannot be imported"),
         (["--backbone", "mine:asks"], "mine:asks raised TypeError"),
@@ -970,6 +1011,8 @@ def test_finetune_says_what_cannot_be(
     message: str,
 ) -> None:
     Path("mine.safetensors").write_bytes(b"nothing")
+    Path("torn.py").write_text("def build(:\n")
+    Path("lacking.py").write_text('raise RuntimeError("no weights here")\n')
     out = tmp_path / "out"
     usual = ["finetune", "--backbone", network, "--data", str(photos), "--out", str(out), *SHORT]
     assert main([*usual, *told]) == 2

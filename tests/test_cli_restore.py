@@ -42,6 +42,10 @@ class Small(nn.Module):
             raise MemoryError
         if image.shape[-1] == 430:
             torch.empty(2**60, dtype=torch.uint8)
+        if image.shape[-1] == 440:
+            raise RuntimeError("no such size")
+        if image.shape[-1] == 450:
+            image = image / 0
         return image + 0.1 * self.body(image) + 0.1 * image.mean(dim=(2, 3), keepdim=True)
 
 
@@ -280,6 +284,36 @@ def test_an_image_that_does_not_fit_into_memory(
     assert "Give --tile" in complaint
     assert files("out") == {"small.png"}
     assert restore("large.png", "--out", "out", "--tile", 96) == 0
+
+
+def test_an_image_that_the_network_fails_on(
+    model: PerceiveModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for width in (440, 450):
+        Image.new("RGB", (width, 100)).save(f"a{width}.png")
+    photograph("small.png")
+    assert restore("a440.png", "a450.png", "small.png", "--out", "out", "--json") == 1
+    printed = capsys.readouterr()
+    assert [record["file"] for record in json.loads(printed.out)] == ["small.png"]
+    assert "skipped a440.png: of its 440 x 100 pixels the network made RuntimeError" in printed.err
+    assert "skipped a450.png: of its 450 x 100 pixels the network made BackboneE" in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_a_name_is_one_line(model: PerceiveModel, capsys: pytest.CaptureFixture[str]) -> None:
+    photograph("a\nb\x1b[31m.png")
+    assert restore("a\nb\x1b[31m.png", "--out", "out") == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(r"a\nb\x1b[31m.png ")
+
+
+def test_folders_whose_names_differ_in_case_are_two(model: PerceiveModel) -> None:
+    photograph("photos/restored/a.png")
+    Path("photos/Restored").mkdir(exist_ok=True)
+    if len(os.listdir("photos")) == 1:
+        pytest.skip("this file system takes them for one")
+    assert restore("photos", "--out", "photos/Restored") == 0
+    assert files("photos/Restored") == {"restored/a.png"}
 
 
 def test_a_backbone_of_other_channels(capsys: pytest.CaptureFixture[str]) -> None:

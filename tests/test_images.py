@@ -208,6 +208,28 @@ def test_a_transparent_colour_is_alpha(mode: str, color: Any, tmp_path: Path) ->
     assert planes.color.shape[1] == (1 if mode == "L" else 3)
 
 
+def test_a_palette_may_have_alpha_itself(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (8, 8), (200, 10, 10, 0))
+    image.paste((10, 200, 10, 255), (0, 0, 4, 8))
+    image = image.quantize(4)
+    image.save(tmp_path / "image.png")
+    for given in (image, tmp_path / "image.png"):
+        alpha = read_image(given).alpha
+        assert alpha is not None
+        assert alpha.unique().tolist() == [0, 255]
+
+
+def test_a_damaged_file_of_a_rare_format_is_no_image(tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    Image.new("RGB", (8, 8)).save(file, "DDS")
+    data = bytearray(file.read_bytes())
+    data[80:84] = struct.pack("<I", 128)  # flags of its pixel format
+    file.write_bytes(data)
+    for read in (image_size, read_image):
+        with pytest.raises(ImageError, match="cannot be read as an image"):
+            read(file)
+
+
 def write_deep_png(file: Path, channels: int) -> None:
     """16 bits a channel, which PIL cannot write."""
     kinds = {2: 4, 3: 2, 4: 6}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from perceive_adapter.errors import CheckpointError, ConfigError
+from perceive_adapter.warning import warn
 
 __all__ = ["LAYER_KINDS", "LEVEL_KINDS", "SOURCES", "AdapterConfig", "from_dict", "to_dict"]
 
@@ -150,7 +150,7 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(data) - set(fields)):
-        warnings.warn(f"{where}: ignoring unknown keys {', '.join(unknown)}", stacklevel=2)
+        warn(f"{where}: ignoring unknown keys {', '.join(unknown)}")
     values = {
         name: _convert(hints[name], data[name], f"{where}.{name}")
         for name in fields

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from perceive_adapter.errors import CheckpointError, ConfigError
+from perceive_adapter.warning import warn
 
 __all__ = [
     "CARD_NAME",
@@ -32,13 +32,13 @@ __all__ = [
     "replace_file",
     "replacing",
     "save_folder",
+    "table_cell",
 ]
 
 CARD_NAME = "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_OWN_CARD = re.compile(
-    rb"---\s*\n(?:(?!---).*\n)*?library_name:[ \t]*[\"']?perceive_adapter[\"']?\s*\n"
-)
+_SEAL_OF = b"\n<!-- written by perceive_adapter, and not edited since: %b -->\n"
+_SEAL = re.compile(_SEAL_OF.strip() % b"([0-9a-f]{16})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_CONFIG_BYTES = 16 * 2**20
 _LFS_POINTER = b"version https://git-lfs"
@@ -62,7 +62,7 @@ def save_folder(
     Each file is replaced atomically: a crash leaves the old file or the new one. The config gains
     ``sha256``, the digest of the tensors file, so that :func:`load_folder` detects a truncated file
     and a config beside another save's tensors. (It does not authenticate: whoever can change both
-    files can make them agree.) A ``README.md`` that :func:`is_own_card` does not know stays, with a
+    files can make them agree.) A ``README.md`` that somebody else wrote or edited stays, with a
     warning.
 
     Args:
@@ -71,7 +71,7 @@ def save_folder(
         tensors: by name, any device and layout; they are stored contiguous and unshared.
         config_name: file name of the config, such as ``adapter_config.json``.
         tensors_name: file name of the tensors, such as ``adapter_model.safetensors``.
-        card: text of ``README.md``; its front matter names the library, so that it can be replaced.
+        card: text of ``README.md``; it gains a comment that tells, later, whether it was edited.
 
     Raises:
         CheckpointError: ``path`` is empty, a file, or cannot be made or written to.
@@ -107,7 +107,7 @@ def save_folder(
     try:
         replace_file(folder / tensors_name, data)
         replace_file(folder / config_name, _dump({**config, "sha256": _sha256(data)}))
-        _replace_card(folder / CARD_NAME, card.encode(errors="backslashreplace"))
+        _replace_card(folder / CARD_NAME, _sealed(card))
     except OSError as error:  # whose name is a draft's
         raise CheckpointError(
             f"cannot save to {str(folder)!r}: {error.strerror or error}. Give a folder that can be "
@@ -117,8 +117,29 @@ def save_folder(
 
 
 def is_own_card(file: Path) -> bool:
-    """Tell whether a model card is one of this package, by the library in its front matter."""
-    return _OWN_CARD.match(file.read_bytes()) is not None
+    """Tell whether a model card is as this package wrote it, whatever its line ends are."""
+    text, seal = _without_seal(file.read_bytes())
+    return seal == _digest(text)
+
+
+def _sealed(card: str) -> bytes:
+    """Add a comment with the digest of the card, by which it is told when somebody edits it."""
+    text = card.encode(errors="backslashreplace").rstrip() + b"\n"
+    digest = _digest(text).decode()
+    return (
+        text + f"\n<!-- written by perceive_adapter, and not edited since: {digest} -->\n".encode()
+    )
+
+
+def _without_seal(data: bytes) -> tuple[bytes, bytes | None]:
+    """Take a card and its digest apart; None where it has none."""
+    text, _, last = data.replace(b"\r\n", b"\n").rstrip().rpartition(b"\n")
+    match = _SEAL.fullmatch(last)
+    return text, match and match[1]
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text.rstrip()).hexdigest()[:16].encode()
 
 
 def load_folder(
@@ -181,20 +202,29 @@ def figures_table(figures: Mapping[str, float | str] | None) -> str:
     for what, value in figures.items():
         if isinstance(value, Real) and not math.isfinite(value):
             raise ConfigError(f"figures[{what!r}]={value}: expected a finite number or a string.")
-        whole = isinstance(value, (Integral, str))
-        rows.append(f"| {what} | {value if whole else f'{value:.4g}'} |")
+        told = str(value) if isinstance(value, (Integral, str)) else f"{value:.4g}"
+        rows.append(f"| {table_cell(what)} | {table_cell(told)} |")
     return "\n".join(rows)
 
 
+def table_cell(text: str) -> str:
+    r"""Write text as a cell of a Markdown table, on one line.
+
+    Example:
+        >>> table_cell("a | b\nc")
+        'a \\| b c'
+    """
+    return " ".join(text.split("\n")).replace("|", r"\|")
+
+
 def _replace_card(file: Path, text: bytes) -> None:
-    """Write a model card, but not over one that somebody else wrote."""
+    """Write a model card, but not over one that somebody else wrote or edited."""
     if not file.exists() or is_own_card(file):
         replace_file(file, text)
     elif file.read_bytes() != text:
-        warnings.warn(
-            f"{str(file)!r} is not a model card of perceive_adapter, and is kept: its front matter "
-            "has no `library_name: perceive_adapter`. Move it away to have such a card.",
-            stacklevel=5,
+        warn(
+            f"{str(file)!r} is not a model card as perceive_adapter wrote it, and is kept. Move it "
+            "away to have such a card."
         )
 
 

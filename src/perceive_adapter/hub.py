@@ -7,7 +7,6 @@ when it is needed.
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from perceive_adapter.errors import CheckpointError, ConfigError
 from perceive_adapter.folders import CARD_NAME, PICKLES, DamagedError, is_own_card, load_folder
+from perceive_adapter.warning import warn
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -215,10 +215,9 @@ def push_folder(
     except _hub_errors() as error:
         _fail(f"cannot push {os.fspath(folder)!r} to {repo_id!r}", error)
     if kept:
-        warnings.warn(
-            f"{repo_id!r} has a {CARD_NAME} that is not a model card of perceive_adapter, and is "
-            "kept. Delete it there and push again to have such a card.",
-            stacklevel=3,
+        warn(
+            f"{repo_id!r} has a {CARD_NAME} that is not a model card as perceive_adapter wrote it, "
+            "and is kept. Delete it there and push again to have such a card."
         )
     return str(commit.commit_url)
 
@@ -275,7 +274,7 @@ def _update(cached: Path, revision: str | None, download: "partial[Path]") -> Pa
                 reference.write_text(cached.name)
         if not isinstance(error, CheckpointError):
             raise
-        warnings.warn(f"the copy downloaded before, {cached.name}, is used: {error}", stacklevel=4)
+        warn(f"the copy downloaded before, {cached.name}, is used: {error}")
     return cached
 
 

@@ -101,6 +101,20 @@ def test_loaders_of_any_number_of_workers_draw_the_same() -> None:
     assert here[0].degraded.shape == (2, 3, 32, 32)
 
 
+def test_samples_are_the_same_whatever_torch_s_default_dtype_is() -> None:
+    samples = data("rain", "haze+gaussian_noise", "low_light", "motion_blur+jpeg")
+    expected = [samples[index] for index in range(8)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn = [samples[index] for index in range(8)]
+    finally:
+        torch.set_default_dtype(before)
+    for pair in zip(drawn, expected, strict=True):
+        for one, other in zip(*pair, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1 / 255, equal_nan=True)
+
+
 def test_the_restored_part_is_a_window_of_what_is_perceived() -> None:
     sample = data("low_light")[0]
     assert sample.context.shape == (3, 48, 48)

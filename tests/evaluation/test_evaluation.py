@@ -142,6 +142,28 @@ def test_a_table_counts_images_whatever_their_names() -> None:
     assert table(rows).splitlines()[3].startswith("| mean of the groups | 3 |")
 
 
+def test_a_table_tells_folders_by_their_own_names() -> None:
+    groups = ["gaussian_noise+rain", "a_b", "a b", "x|y", "two\nlines"]
+    rows = [Measured(group, "0.png", "degraded", 20, 0.9) for group in groups]
+    cells = [line.split(" | ")[0] for line in table(rows).splitlines()[2:-1]]
+    assert cells == ["| gaussian noise + rain", "| a_b", "| a b", r"| x\|y", "| two lines"]
+
+
+def test_what_cannot_be_measured_is_left_out_if_asked(tmp_path: Path) -> None:
+    torn, tiny, whole = (save(tmp_path / name) for name in ("0.png", "1.png", "2.png"))
+    torn.write_bytes(torn.read_bytes()[:2000])
+    save(tiny, PHOTO[:5, :5])
+    cases = list(degraded_cases([torn, tiny, whole], ["rain"], tmp_path))
+    with pytest.raises(ImageError):
+        compare({}, cases)
+    skipped: list[str] = []
+    found = compare({}, cases, skipped=skipped)
+    assert [row.image for row in found] == ["2.png, severity 0.3", "2.png, severity 0.6"]
+    assert len(skipped) == 4
+    assert "0.png" in skipped[0]
+    assert "1.png, severity 0.3 has 5 x 5 pixels" in skipped[2]
+
+
 # Protocols
 
 
@@ -169,6 +191,15 @@ def test_named_sets_are_found_at_any_depth(tmp_path: Path) -> None:
         PROTOCOLS["five-tasks"].cases(tmp_path)
     everything = PROTOCOLS["pairs"].cases(tmp_path / "derain")
     assert sorted(case.group for case in everything) == ["Rain100H", "Rain100L", "Rain100L"]
+
+
+def test_the_current_folder_may_be_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "CBSD68" / "gt" / "1.png")
+    pairs(tmp_path / "CBSD68" / "Rain100L", "1")
+    pairs(tmp_path / "CBSD68" / "SOTS", "1")
+    monkeypatch.chdir(tmp_path / "CBSD68")
+    groups = [case.group for case in PROTOCOLS["three-tasks"].cases(Path())]
+    assert groups[:3] == [f"CBSD68 sigma {sigma}" for sigma in (15, 25, 50)]
 
 
 def test_named_sets_may_be_behind_links(tmp_path: Path) -> None:
@@ -308,6 +339,8 @@ def test_pictures_show_every_group(tmp_path: Path) -> None:
         assert pixels.std() > 10
     wide = Image.open(tmp_path / "grid.png").size
     assert math.isclose(wide[0] / wide[1], 6 / 4.8, rel_tol=0.05)
+    draw_grid({r"a$\b$": row}, tmp_path / "mathematics.png")
+    draw_bars([Measured(r"a$_$b", "1", "degraded", 20, 0.9)], tmp_path / "mathematics.png")
     draw_grid({f"scene {index}": row for index in range(60)}, tmp_path / "many.png")
     assert Image.open(tmp_path / "many.png").size[1] < 11 * wide[1]
 

@@ -242,3 +242,16 @@ def test_a_perception_is_a_sequence_of_perceptions() -> None:
     for index in (3, -4):
         with pytest.raises(IndexError, match="of a perception of 3"):
             seen[index]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AdapterConfig(layer=None), "the plan has layer sites, and the config layer=None"),
+        (AdapterConfig(condition_dim=64), "and with this config there are"),
+    ],
+)
+def test_a_plan_for_another_config_is_refused(config: AdapterConfig, message: str) -> None:
+    plan = plan_sites(CASES["u_shape"].net())
+    with pytest.raises(ConfigError, match=message):
+        PromptInjector(plan, config)

@@ -62,6 +62,26 @@ def test_a_data_parallel_backbone_is_refused() -> None:
         wrap(torch.nn.DataParallel(torch.nn.Conv2d(3, 3, 3, padding=1)), example=IMAGE)
 
 
+@pytest.mark.parametrize("name", ["perception", "adapter_names"])
+def test_arguments_that_the_model_takes_for_itself_are_refused(name: str) -> None:
+    class Own(torch.nn.Conv2d):
+        pass
+
+    exec(f"def forward(self, image, {name}=None): return image", scope := {})
+    Own.forward = scope["forward"]  # type: ignore[method-assign]
+    with pytest.raises(BackboneError, match=f"argument '{name}' of its own"):
+        wrap(Own(3, 3, 3))
+
+
+@pytest.mark.parametrize("given", [None, "rain"])
+def test_what_is_no_perception_is_refused(given: Any) -> None:
+    model = wrapped("u_shape")
+    for context in (model.fold, model.injector.conditioned):
+        with pytest.raises(PerceptionError, match="expected a Perception"), context(given):
+            pass
+    model(IMAGE)
+
+
 @pytest.mark.parametrize("call", [PerceiveModel.forward, PerceiveModel.perceive])
 def test_images_on_another_device_are_refused(call: Any) -> None:
     with pytest.raises(ImageError, match="the image is on meta and the model on cpu"):
@@ -348,8 +368,10 @@ def test_an_unwrapped_model_says_so() -> None:
     for use in uses:
         with pytest.raises(BackboneError, match="was unwrapped"):
             use()
-    model.train()
+    model.train().double().requires_grad_(False)
     assert not net.training
+    assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.float32, True)}
+    assert copy.deepcopy(model).backbone is not net
     assert not any(module._forward_hooks for module in net.modules())
 
 

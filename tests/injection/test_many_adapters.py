@@ -1,13 +1,23 @@
 """Several adapters on one backbone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from wrapping import injector_like, relative, state, wrapped
 from zoo import CASES
 
-from perceive_adapter import ConfigError, PerceiveModel, PerceptionError, SiteError, wrap
+from perceive_adapter import (
+    AdapterConfig,
+    ConfigError,
+    PerceiveModel,
+    PerceptionError,
+    PromptInjector,
+    SiteError,
+    plan_sites,
+    wrap,
+)
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -62,9 +72,25 @@ def test_unwrapping_takes_all_off(model: PerceiveModel) -> None:
     assert not any(m._forward_hooks for m in model.backbone.modules())
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "rain", "default", "active", "training", "update"])
-def test_names_that_cannot_be_are_refused(model: PerceiveModel, name: str) -> None:
-    with pytest.raises(ConfigError, match="taken, empty or has a dot"):
+def test_prompt_modules_that_nothing_here_steers_are_refused(model: PerceiveModel) -> None:
+    config = AdapterConfig(sources={"compact": 64, "tiers": 5})
+    plan = plan_sites(CASES["u_shape"].net(), config=config)
+    model = wrap(CASES["u_shape"].net())
+    with pytest.raises(ConfigError, match="tiers has width 5, and what perceives here tells 3"):
+        model.add_adapter("oracle", PromptInjector(plan, config))
+    assert list(model.adapters) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        *[(name, "expected some text without a dot") for name in ("", "a.b", 5)],
+        *[(name, "there is an adapter .* already") for name in ("rain", "default")],
+        *[(name, "is one that torch needs") for name in ("active", "training", "update")],
+    ],
+)
+def test_names_that_cannot_be_are_refused(model: PerceiveModel, name: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
         model.add_adapter(name, injector_like(model))
     model.add_adapter("other", injector_like(model))
 

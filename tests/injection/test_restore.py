@@ -273,10 +273,52 @@ def test_gray_on_a_colour_network_is_the_mean_of_its_colours(model: PerceiveMode
 
 def test_colours_on_a_gray_network_are_restored_each() -> None:
     model, image = wrapped("gray"), torch.rand(2, 3, 32, 32)
-    expected = [[folded(model, plane[None, None])[0, 0] for plane in one] for one in image]
-    torch.testing.assert_close(
-        model.restore(image), torch.stack([torch.stack(planes) for planes in expected])
-    )
+    expected = []
+    for one in image:
+        with torch.no_grad(), model.fold(model.perceive(one.mean(0)[None, None])):
+            expected.append(torch.cat([model(plane[None, None])[0] for plane in one]))
+    torch.testing.assert_close(model.restore(image), torch.stack(expected))
+
+
+def test_a_gray_network_perceives_a_colour_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = wrapped("gray", perceiver="perceive-tiny"), []
+    perceive = model.perceiver.forward
+    monkeypatch.setattr(model.perceiver, "forward", lambda x: seen.append(x) or perceive(x))
+    image = torch.rand(3, 32, 32)
+    model.restore(image)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], image.mean(0).expand(1, 3, -1, -1))
+
+
+def test_errors_of_the_network_itself_are_its_own() -> None:
+    class Broken(nn.Sequential):
+        broken = False
+
+        def forward(self, image: Any) -> Any:
+            return super().forward(image + None if self.broken else image)
+
+    model = wrap(Broken(zoo.conv(3, 8), zoo.conv(8, 3)), perceiver=False)
+    model.restore(torch.rand(3, 32, 32))
+    model.backbone.broken = True
+    with pytest.raises(TypeError, match="unsupported operand"):
+        model.restore(torch.rand(3, 32, 32))
+
+
+def test_an_image_that_has_neither_place_nor_name() -> None:
+    class Second(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(zoo.conv(3, 8), zoo.conv(8, 3))
+
+        def forward(self, *args: Tensor) -> Tensor:
+            restored: Tensor = self.body(args[1])
+            return restored
+
+    image = torch.rand(1, 3, 32, 32)
+    model = wrap(Second(), image_arg=1, example=(image, image), perceiver=False)
+    model(image, image)
+    with pytest.raises(ConfigError, match="image is argument 1, whose name its signature does not"):
+        model.restore(image)
 
 
 def test_other_numbers_of_channels_are_for_the_model_itself() -> None:

@@ -146,7 +146,8 @@ def test_sites_by_name(sites: Any, levels: list[str], layers: list[str]) -> None
         ("writes_features", "level:head", ["head", "backward pass", "leave these sites out"]),
         ("sequence_first", "level:a", ["a:", "no feature map"]),
         ("u_shape", "level:ending", ["ending", "an image, not features"]),
-        ("u_shape", [], ["no injection site", "UShape", "sites=[...]"]),
+        ("u_shape", [], ["sites=[]: expected dotted names", "None finds the sites"]),
+        ("u_shape", [3], ["sites=[3]: expected dotted names"]),
     ],
 )
 def test_unusable_names_are_refused_with_the_reason(case: str, sites: Any, said: list[str]) -> None:

@@ -332,6 +332,15 @@ def test_losses_made_in_inference_mode_train_elsewhere():
         assert restored.grad.any()
 
 
+def test_references_made_in_inference_mode_serve_in_a_loss_with_gradient():
+    with torch.inference_mode():
+        target, degraded = torch.rand(2, 1, 3, 16, 16)
+    for features in (None, FilterPyramid()):
+        restored = torch.rand(1, 3, 16, 16, requires_grad=True)
+        DifficultyAdaptiveLoss(features)(restored, target, degraded).backward()
+        assert restored.grad.any()
+
+
 def test_default_features_made_in_inference_mode_and_on_a_default_device():
     with torch.inference_mode():
         features = resolve_features(None)

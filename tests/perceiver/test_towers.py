@@ -94,7 +94,7 @@ def test_embed_words_reads_the_token_table() -> None:
     [
         ("ViT-B-32", "openai", r"with QuickGELU.*without it.*clip='ViT-B-32-quickgelu'"),
         ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "no weights 'laion2b_s34b_b79k'"),
-        ("ViT-B-32-quickgelu", "openia", r"no such file.*'openai'"),
+        ("ViT-B-32-quickgelu", "openia", r"no such file.*Its tags are openai, "),
         ("ViT-B-32-quickgleu", "openai", r"no model.*Did you mean 'ViT-B-32-quickgelu'"),
         ("?", "openai", r"no model '\?'\. open_clip\.list_models"),
         ("roberta-ViT-B-32", None, r"causal text tower.*ViT-B-32-quickgelu"),

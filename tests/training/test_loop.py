@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import queue
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,15 @@ def test_failed_write_leaves_the_old_checkpoint_whole(
 def test_no_draft_is_left_beside_a_checkpoint(fresh: Net, tmp_path: Path) -> None:
     run(fresh, tmp_path / "state.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_the_draft_of_a_run_that_lives_is_its_own(fresh: Net, tmp_path: Path) -> None:
+    living, dead = (tmp_path / f".state.pt.{process}" for process in (os.getppid(), 9_999_999))
+    for draft in (living, dead):
+        draft.touch()
+    run(fresh, tmp_path / "state.pt")
+    assert living.exists()
+    assert not dead.exists()
 
 
 def test_learning_rate_rises_and_falls() -> None:

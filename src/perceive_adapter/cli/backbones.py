@@ -136,9 +136,10 @@ def _from_code(module: str, function: str, option: str) -> nn.Module:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # or a path for a module
+    except Exception as error:  # whatever is wrong with the user's code, or a path for a module
         raise BackboneError(
-            f"{option} {module}:{function} cannot be imported ({error}): expected a function "
+            f"{option} {module}:{function} cannot be imported ({type(error).__name__}: {error}): "
+            "expected a function "
             f"{function!r} in a module {module!r} of the current folder or the environment."
         ) from error
     try:

@@ -15,7 +15,7 @@ from perceive_adapter.cli.backbones import (
     load_wrapped,
     side_by_side,
 )
-from perceive_adapter.cli.options import check_folder, integer, needs
+from perceive_adapter.cli.options import check_folder, integer, needs, read_path
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +34,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add_network(parser, without_adapter="the backbone alone")
-    add("--data", metavar="DIR", type=Path, required=True, help="where the sets are, at any depth")
+    add(
+        "--data",
+        metavar="DIR",
+        type=read_path,
+        required=True,
+        help="where the sets are, at any depth",
+    )
     add(
         "--protocol",
         choices=_NAMES,
@@ -48,7 +54,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="raise",
         help="what to do with files without a partner and files that are no images",
     )
-    add("--out", metavar="DIR", type=Path, help="where table, CSV, stamp and pictures are written")
+    add(
+        "--out",
+        metavar="DIR",
+        type=read_path,
+        help="where table, CSV, stamp and pictures are written",
+    )
     add("--limit", type=integer(1, 10**6), metavar="N", help="images of each group (all)")
     add_restoring(parser)
 
@@ -58,7 +69,7 @@ def run(arguments: Namespace) -> int:
     needs("torchmetrics", "matplotlib", extra="train")
     from perceive_adapter.evaluation.measure import compare
     from perceive_adapter.evaluation.protocols import PROTOCOLS
-    from perceive_adapter.evaluation.report import table
+    from perceive_adapter.evaluation.report import GRID_ROWS, table, thumbnail
 
     out: Path | None = arguments.out
     if out is not None:
@@ -72,8 +83,6 @@ def run(arguments: Namespace) -> int:
             )
     skipped: list[str] | None = [] if arguments.broken == "skip" else None
     cases = PROTOCOLS[arguments.protocol].cases(arguments.data, skipped)
-    if skipped:
-        print(f"Skipped {len(skipped)} files, such as: {skipped[0]}.", file=sys.stderr)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     if arguments.limit is not None:
@@ -81,11 +90,20 @@ def run(arguments: Namespace) -> int:
     shown: dict[str, dict[str, Tensor]] = {}
 
     def keep(case: Case, images: dict[str, Tensor]) -> None:
-        shown.setdefault(case.group, {name: image.cpu() for name, image in images.items()})
+        if case.group not in shown and len(shown) < GRID_ROWS:
+            shown[case.group] = {name: thumbnail(image) for name, image in images.items()}
 
     measured = compare(
-        _networks(arguments), _with_progress(cases), device=arguments.device, keep=keep
+        _networks(arguments),
+        _with_progress(cases),
+        device=arguments.device,
+        skipped=skipped,
+        keep=keep if out is not None else None,
     )
+    if skipped:
+        print(f"Skipped {len(skipped)} images, such as: {skipped[0]}.", file=sys.stderr)
+    if not measured:
+        raise ConfigError(f"of {str(arguments.data)!r} nothing is left to measure.")
     print(table(measured))
     if out is not None:
         _write(arguments, out, measured, shown)

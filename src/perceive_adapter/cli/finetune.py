@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_side
 from perceive_adapter.cli.finetune_data import LARGEST, find_data
 from perceive_adapter.cli.finetune_plan import make_data, make_recipe, options_of
-from perceive_adapter.cli.options import between, integer, needs, rate
+from perceive_adapter.cli.options import between, integer, needs, rate, read_path
 from perceive_adapter.errors import ConfigError, UnseenTaskWarning
 
 if TYPE_CHECKING:
@@ -38,19 +38,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         "Exit code: 0 trained and saved; 2 nothing could be done."
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", type=Path, help="YAML file of these options; the line wins")
+    add("--config", metavar="FILE", type=read_path, help="YAML of these options; the line wins")
     add("--backbone", metavar="FILE_OR_CODE", required=True, help=BACKBONE_HELP)
     add(
         "--data",
         metavar="DIR",
-        type=Path,
+        type=read_path,
         nargs="+",
         required=True,
         help="folders of pairs (input and gt, hazy and clear, ..., at any depth), of WebDataset "
         "shards with them, or else of clean photographs, which are degraded while they are drawn; "
         "one in ten is set aside",
     )
-    add("--out", metavar="DIR", type=Path, required=True, help="where the adapter is saved")
+    add("--out", metavar="DIR", type=read_path, required=True, help="where the adapter is saved")
     add(
         "--tasks",
         nargs="+",

@@ -156,7 +156,10 @@ def _place(file: Path) -> str:
 
 def _lies_in(path: Path, folder: Path) -> bool:
     """Whether it is the folder, or lies in it at any depth."""
-    return f"{_place(path)}{os.sep}".startswith(f"{_place(folder)}{os.sep}")
+    real = path.resolve()
+    return folder.exists() and any(
+        above.exists() and above.samefile(folder) for above in (real, *real.parents)
+    )
 
 
 def as_rgb(image: Image) -> Tensor:
@@ -209,6 +212,7 @@ def column(title: str, paths: Iterable[Path]) -> list[str]:
 
 
 def shown(path: Path) -> str:
-    """The path as it will be printed, where its characters are not all in stdout's encoding."""
+    """The path as it will be printed: on one line, in characters of stdout's encoding."""
     encoding = sys.stdout.encoding or "utf-8"
-    return str(path).encode(encoding, "backslashreplace").decode(encoding)
+    text = str(path).encode(encoding, "backslashreplace").decode(encoding)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

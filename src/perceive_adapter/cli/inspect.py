@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceive_adapter.cli.backbones import add_network, load_network
-from perceive_adapter.cli.options import integer, needs
+from perceive_adapter.cli.options import integer, needs, read_path
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--drawing",
         metavar="FILE",
-        type=Path,
+        type=read_path,
         help="draw the sites from input to output, to a .png or .svg",
     )
     add(

@@ -11,7 +11,31 @@ from typing import Any
 
 from perceive_adapter.errors import ConfigError, MissingDependencyError
 
-__all__ = ["between", "check_folder", "device", "integer", "needs", "rate", "with_config"]
+__all__ = [
+    "between",
+    "check_folder",
+    "device",
+    "integer",
+    "needs",
+    "rate",
+    "read_path",
+    "with_config",
+]
+
+
+def read_path(text: str) -> Path:
+    """Read a path; ``~`` is the home folder, also where no shell has put it there.
+
+    Example:
+        >>> read_path("photos/a.png").name
+        'a.png'
+    """
+    if not text:
+        raise ArgumentTypeError("'' names nothing: expected a path; the current folder is .")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # the home of nobody
+        raise ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -140,7 +164,7 @@ def _action(flag: str, actions: Mapping[str, Action], file: Path) -> Action:
 
 def _as_arguments(flag: str, value: object, action: Action, file: Path) -> list[str]:
     """Write a value as on the command line; nothing leaves the option at its default."""
-    if value is None:
+    if value is None or value in ([], {}):
         return []
     if not isinstance(value, bool):
         return [flag, *_told(value)]

@@ -21,7 +21,7 @@ from perceive_adapter.cli.images import (
     row,
     shown,
 )
-from perceive_adapter.cli.options import device
+from perceive_adapter.cli.options import device, read_path
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         "written, the others were perceived; 2 nothing could be done."
     )
     add = parser.add_argument
-    add("paths", metavar="PATH", nargs="+", type=Path, help="image, or folder to search for images")
+    add(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        type=read_path,
+        help="image, or folder to search for images",
+    )
     add(
         "--perceiver",
         metavar="NAME_OR_FOLDER",
@@ -61,7 +67,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--map",
         metavar="DIR",
-        type=Path,
+        type=read_path,
         help="write each image with its quality drawn over it, from red (low) to blue (high), to "
         "a PNG in this folder",
     )

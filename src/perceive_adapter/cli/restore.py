@@ -24,7 +24,8 @@ from perceive_adapter.cli.images import (
     row,
     shown,
 )
-from perceive_adapter.errors import BackboneError, ConfigError
+from perceive_adapter.cli.options import read_path
+from perceive_adapter.errors import BackboneError, ConfigError, ImageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,12 +43,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         "the others were restored; 2 nothing could be done."
     )
     add = parser.add_argument
-    add("paths", metavar="PATH", nargs="+", type=Path, help="image, or folder to search for images")
+    add(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        type=read_path,
+        help="image, or folder to search for images",
+    )
     add_network(parser, without_adapter="the backbone alone restores")
     add(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=read_path,
         required=True,
         help="where each restored image is written as a PNG, by its name below the folder that "
         "was given; a name that is taken is numbered, as of a.jpg beside a.png",
@@ -111,12 +118,16 @@ def _restore(
     try:
         restored = model.restore(image, tile=tile)
         seen = {} if model.perceiver is None else look(model.perceiver, as_rgb(image))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+    except ImageError:
+        raise
+    except Exception as error:  # whatever a network raises for an image that it was not made for
+        size = f"{image.width} x {image.height} pixels"
         report.complain(
-            f"skipped {shown(file)}: {image.width} x {image.height} pixels do not fit into memory "
-            "at once. Give --tile, such as --tile 512, or a smaller one."
+            f"skipped {shown(file)}: {size} do not fit into memory at once. Give --tile, such as "
+            "--tile 512, or a smaller one."
+            if is_out_of_memory(error)
+            else f"skipped {shown(file)}: of its {size} the network made {type(error).__name__}: "
+            f"{error}"
         )
         return None
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perceive_adapter.cli.options import device, integer, rate
+from perceive_adapter.cli.options import device, integer, rate, read_path
 from perceive_adapter.cli.train_plan import Plan, facts_of, make_plan, options_of
 
 if TYPE_CHECKING:
@@ -34,14 +34,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         "same weights. Exit code: 0 trained and audited; 2 nothing could be done."
     )
     add = parser.add_argument
-    add("--data", metavar="DIR", type=Path, required=True, help="clean photographs, at any depth")
+    add(
+        "--data",
+        metavar="DIR",
+        type=read_path,
+        required=True,
+        help="clean photographs, at any depth",
+    )
     add(
         "--audit-data",
         metavar="DIR",
-        type=Path,
+        type=read_path,
         help="photographs to audit on; without it, one in ten of --data is set aside for that",
     )
-    add("--out", metavar="DIR", type=Path, required=True, help="where the perceiver is saved")
+    add("--out", metavar="DIR", type=read_path, required=True, help="where the perceiver is saved")
     add(
         "--clip",
         metavar="NAME",

@@ -15,11 +15,24 @@ from perceive_adapter.errors import ImageError
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-__all__ = ["TooLargeError", "image_size", "is_cut_to_8_bits", "orientation", "too_large"]
+__all__ = [
+    "UNREADABLE",
+    "TooLargeError",
+    "image_size",
+    "is_cut_to_8_bits",
+    "orientation",
+    "too_large",
+]
 
 _ORIENTATION: Final = 0x0112  # EXIF's tag
 _QUARTER_TURNS: Final = (5, 6, 7, 8)
 _TIFF_SIZE: Final = (0x0100, 0x0101)  # width and height as they are stored
+UNREADABLE: Final = (
+    *(OSError, ValueError, SyntaxError),
+    *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
+)
+"""What PIL raises of a file that it cannot read."""
+
 _MODES: Final = ("L", "LA", "P", "RGB", "RGBA")
 _DEEP: Final = re.compile(";16[BLN]")  # in a raw mode of PIL; BMP's BGR;16 is another thing
 _TELLING: Final = (b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that hold EXIF
@@ -50,7 +63,7 @@ def image_size(path: Path) -> tuple[int, int]:
                 turned = orientation(described) in _QUARTER_TURNS
     except Image.DecompressionBombError as error:
         raise too_large(repr(str(path)), error) from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise ImageError(f"{str(path)!r} cannot be read as an image ({error})") from error
     if mode not in _MODES:
         raise ImageError(f"{str(path)!r} has mode {mode}, expected 8 bits of gray or RGB")

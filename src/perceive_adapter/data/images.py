@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perceive_adapter.data.heads import is_cut_to_8_bits, orientation, too_large
+from perceive_adapter.data.heads import UNREADABLE, is_cut_to_8_bits, orientation, too_large
 from perceive_adapter.errors import ImageError
 
 if TYPE_CHECKING:
@@ -104,10 +104,7 @@ def _decoding(name: str) -> Iterator[None]:
         raise ImageError(f"there is no image file {name}; check the path") from None
     except PILImage.DecompressionBombError as error:
         raise too_large(name, error) from error
-    except (
-        *(OSError, ValueError, SyntaxError),
-        *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
-    ) as error:
+    except UNREADABLE as error:
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
 
 
@@ -144,7 +141,7 @@ def _upright(image: PILImage.Image) -> PILImage.Image:
 def _from_pil(image: PILImage.Image) -> Planes:
     from PIL import Image as PILImage
 
-    if "transparency" in image.info and image.mode in ("L", "P", "RGB"):
+    if image.has_transparency_data and image.mode in ("L", "P", "RGB"):
         image = image.convert("LA" if image.mode == "L" else "RGBA")
     elif image.mode == "P":
         image = image.convert("RGB")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from perceive_adapter.data.shards import Member, shard_group, shards_below
 from perceive_adapter.data.sides import images_outside, lone_sides
 from perceive_adapter.data.walking import unlisted, walk
 from perceive_adapter.errors import ConfigError, ImageError
+from perceive_adapter.warning import warn
 
 __all__ = [
     "DEGRADED_FOLDERS",
@@ -248,11 +248,10 @@ def _left_out(root: Path, sets: Sequence[tuple[Path, Path, list[Path]]]) -> list
     sides = [side for degraded, target, mediums in sets for side in (degraded, target, *mediums)]
     images = images_outside(root, sides)
     if images:
-        warnings.warn(
+        warn(
             f"{len(images)} images below {str(root)!r} are in no set of pairs, and are left out, "
             f"such as {str(images[0])!r}. To use them, give clean photographs as a folder of their "
-            "own, and name folders of pairs as find_pairs tells.",
-            stacklevel=3,
+            "own, and name folders of pairs as find_pairs tells."
         )
     return lone_sides(root, images, [degraded.parent for degraded, *_ in sets])
 

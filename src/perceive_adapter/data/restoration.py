@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -13,8 +12,15 @@ from torch.utils.data import Dataset
 from perceive_adapter.data.contents import photos_digest
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILIES, FAMILY_OF, mix
 from perceive_adapter.data.pairs import Pair, read_mediums, read_pair
-from perceive_adapter.data.samples import CropSampler, as_file, integer_below, mirrored_to
+from perceive_adapter.data.samples import (
+    CropSampler,
+    as_file,
+    fractions,
+    integer_below,
+    mirrored_to,
+)
 from perceive_adapter.errors import ConfigError, ImageError
+from perceive_adapter.warning import warn
 
 __all__ = [
     "CleanPhotos",
@@ -103,11 +109,11 @@ class CleanPhotos:
         """Draw a crop and degrade it as ``task`` says."""
         low, high = self.severity
         names = task.split("+")
-        drawn = (low + (high - low) * torch.rand(len(names), generator=generator)).tolist()
+        drawn = (low + (high - low) * fractions((len(names),), generator)).tolist()
         severities = dict(zip(names, drawn, strict=True))
         clean = self.photos.draw(1, side, generator)
         degraded = as_file(mix(clean, severities, generator))
-        known = torch.zeros(len(FAMILIES))
+        known = torch.zeros(len(FAMILIES), dtype=torch.float32)
         for name, value in severities.items():
             column = FAMILIES.index(FAMILY_OF[name])
             known[column] = max(float(known[column]), value)
@@ -173,9 +179,9 @@ class PairFiles:
         if integer_below(2, generator):
             parts = parts.flip(3)
         crops = iter(parts.float().div(255))
-        missing = torch.full((3, side, side), torch.nan)
+        missing = torch.full((3, side, side), torch.nan, dtype=torch.float32)
         degraded, target, *mediums = (missing if image is None else next(crops) for image in images)
-        unknown = torch.full((len(FAMILIES),), torch.nan)
+        unknown = torch.full((len(FAMILIES),), torch.nan, dtype=torch.float32)
         return Drawn(degraded, target, unknown, torch.stack(mediums) if mediums else None)
 
     def settings(self) -> dict[str, Any]:
@@ -196,7 +202,7 @@ class PairFiles:
                         '(broken="skip", or --broken skip).'
                     ) from error
                 self.skipped.add(pair)
-                warnings.warn(f"skipped a pair: {error}", stacklevel=4)
+                warn(f"skipped a pair: {error}")
         raise ImageError(f"none of the {len(pairs)} pairs of a task can be read: mend its files.")
 
     def _decoded(self, pair: Pair) -> list[Tensor | None]:
@@ -235,6 +241,10 @@ class RestorationSample(NamedTuple):
 
 class RestorationData(Dataset[RestorationSample]):
     """An endless row of samples; the sample at an index is the same in every run and process.
+
+    Processes that compute on other numbers of threads add in another order, by which a value may
+    be rounded to its neighbour among the 256: a run that is to end with the same bits keeps its
+    number of workers.
 
     Args:
         sources: where the tasks come from.
@@ -295,7 +305,8 @@ class RestorationData(Dataset[RestorationSample]):
         drawn = self._source_of[task].draw(task, self.context, generator)
         top, left = (integer_below(self.context - self.patch + 1, generator) for _ in range(2))
         window = (..., slice(top, top + self.patch), slice(left, left + self.patch))
-        mediums = torch.full((self.mediums, 3, self.patch, self.patch), torch.nan)
+        shape = (self.mediums, 3, self.patch, self.patch)
+        mediums = torch.full(shape, torch.nan, dtype=torch.float32)
         if drawn.mediums is not None:
             mediums[: len(drawn.mediums)] = drawn.mediums[window]
         return RestorationSample(

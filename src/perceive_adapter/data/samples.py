@@ -36,6 +36,7 @@ __all__ = [
     "degrade_each",
     "draw_severities",
     "find_images",
+    "fractions",
     "images_below",
     "integer_below",
     "load_photos",
@@ -221,7 +222,7 @@ def draw_severities(
         for kind in chosen:
             names = _NAMES_OF[KINDS[kind]]
             name = names[integer_below(len(names), generator)]
-            share = float(torch.rand((), generator=generator))
+            share = float(fractions((), generator))
             severities[name] = low + (high - low) * (share if kind == first else share**2)
         drawn.append(severities)
     return drawn
@@ -247,11 +248,11 @@ def degrade_each(
         rows = [row for row, chosen in enumerate(drawn) if name in chosen]
         if not rows:
             continue
-        values = torch.tensor([drawn[row][name] for row in rows])
+        values = torch.tensor([drawn[row][name] for row in rows], dtype=torch.float32)
         damaged = mix(degraded[rows], {name: values}, generator)
         if name == "low_light":
             exposed = underexpose(degraded[rows], values.view(-1, 1, 1, 1))
-            noise = 1.5 * torch.rand(len(rows), 1, 1, 1, generator=generator) - 0.5
+            noise = 1.5 * fractions((len(rows), 1, 1, 1), generator) - 0.5
             damaged = exposed.lerp(damaged, noise.clamp(min=0))
         degraded[rows] = damaged
         severity[rows, KINDS.index(KIND_OF[name])] = values
@@ -274,7 +275,7 @@ def as_stored(image: Tensor, generator: torch.Generator) -> Tensor:
         generator: source of which images are coded, and how.
     """
     stored = as_file(image)
-    rows = (torch.rand(len(image), generator=generator) < _CODED).nonzero().flatten().tolist()
+    rows = (fractions((len(image),), generator) < _CODED).nonzero().flatten().tolist()
     if rows:
         qualities = torch.randint(92, 99, (len(rows),), generator=generator).tolist()
         stored[rows] = recode(stored[rows], qualities)
@@ -356,7 +357,7 @@ def _relight(crops: Tensor, generator: torch.Generator) -> Tensor:
     count = len(crops)
 
     def draw(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)
+        return low + (high - low) * fractions((count, 1, 1, 1), generator)
 
     crops = crops ** torch.exp2(draw(-0.5, 0.5)) * draw(0.8, 1.0)
     gray = crops.mean(dim=1, keepdim=True)
@@ -366,8 +367,13 @@ def _relight(crops: Tensor, generator: torch.Generator) -> Tensor:
 
 def _darken(crops: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Make a share of the crops dark scenes, without the noise of a sensor that sees too little."""
-    chosen, stops = torch.rand(2, len(crops), 1, 1, 1, generator=generator)
+    chosen, stops = fractions((2, len(crops), 1, 1, 1), generator)
     return torch.where(chosen < share, crops * torch.exp2(-0.5 - 1.5 * stops), crops)
+
+
+def fractions(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw from [0, 1), in single precision whatever torch's default is."""
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32)
 
 
 def integer_below(limit: int, generator: torch.Generator) -> int:

@@ -47,6 +47,7 @@ def compare(
     cases: Iterable[Case],
     *,
     device: torch.device | str = "cpu",
+    skipped: list[str] | None = None,
     keep: Callable[[Case, dict[str, Tensor]], None] | None = None,
 ) -> list[Measured]:
     """Restore every case with every network and measure it, the degraded image first.
@@ -55,15 +56,24 @@ def compare(
         networks: by name.
         cases: what is restored.
         device: where the images go.
+        skipped: takes what is wrong with each case that cannot be read, or is too small to be
+            measured, which then is left out; None for an error.
         keep: called with each case and its images, (3, H, W) by name, ``degraded`` and ``target``
             among them.
 
     Raises:
         ImageError: an image is too small to be measured, or a network gives another size.
     """
-    found = []
+    found: list[Measured] = []
     for case in cases:
-        degraded, target = (image.to(device) for image in case.load())
+        try:
+            degraded, target = (image.to(device) for image in case.load())
+            check_measurable(degraded, target, case.image)
+        except ImageError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
         images = {DEGRADED: degraded}
         for name, restore in networks.items():  # some write into their input
             images[name] = as_file(restore(degraded.clone()).float())

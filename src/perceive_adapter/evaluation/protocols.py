@@ -65,6 +65,7 @@ class Protocol:
             ConfigError: a set, or the part of it that is tested on, is missing.
             ImageError: a set of pairs has such a file.
         """
+        data = data.resolve() if data.name in ("", "..") else data  # whose name may be a set's
         return list(self._cases(data, skipped))
 
     def _cases(self, data: Path, skipped: list[str] | None) -> Iterator[Case]:

@@ -13,19 +13,22 @@ from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perceive_adapter._version import __version__
+from perceive_adapter.data import DEGRADATIONS
 from perceive_adapter.evaluation.measure import Measured
-from perceive_adapter.folders import replace_file
+from perceive_adapter.folders import replace_file, table_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "GRID_ROWS",
     "draw_bars",
     "draw_grid",
     "group_means",
@@ -33,10 +36,12 @@ __all__ = [
     "save_figure",
     "stamp",
     "table",
+    "thumbnail",
     "write_csv",
 ]
 
-_ROWS = 20  # of the picture before and after
+GRID_ROWS: Final = 20  # of the picture before and after
+_THUMBNAIL = 640  # pixels, more than a cell of it has
 
 
 def table(measured: Sequence[Measured]) -> str:
@@ -58,7 +63,9 @@ def table(measured: Sequence[Measured]) -> str:
     counts = Counter(row.group for row in measured if row.network == networks[0])
     for group, found in means.items():
         cells = [f"{found[name][0]:.2f} / {found[name][1]:.3f}" for name in networks]
-        lines.append(f"| {_told(group)} | {counts[group]} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {table_cell(_told(group))} | {counts[group]} | " + " | ".join(cells) + " |"
+        )
     cells = []
     for name in networks:
         psnr, ssim = (mean(found[name][column] for found in means.values()) for column in (0, 1))
@@ -101,7 +108,7 @@ def draw_bars(measured: Sequence[Measured], file: Path) -> None:
         places = [place + index * width for place in range(len(means))]
         axes.bar(places, [found[name][0] for found in means.values()], width, label=name)
     middle = 0.4 - width / 2
-    labels = [_told(group) for group in means]
+    labels = [_label(group) for group in means]
     axes.set_xticks(
         [place + middle for place in range(len(means))], labels, rotation=30, ha="right"
     )
@@ -112,7 +119,7 @@ def draw_bars(measured: Sequence[Measured], file: Path) -> None:
 
 def draw_grid(images: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
     """Draw before and after as a PNG: a row of images (3, H, W) for each name, 20 at most."""
-    images = dict(islice(images.items(), _ROWS))
+    images = dict(islice(images.items(), GRID_ROWS))
     columns = list(next(iter(images.values())))
     figure = new_figure(3 * len(columns), 2.4 * len(images))
     grid = figure.subplots(len(images), len(columns), squeeze=False)
@@ -122,8 +129,17 @@ def draw_grid(images: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
             cell.set_xticks([])
             cell.set_yticks([])
             cell.set_title(name, fontsize=8)
-        axes[0].set_ylabel(_told(row), fontsize=8)
+        axes[0].set_ylabel(_label(row), fontsize=8)
     save_figure(figure, file, dpi=150)
+
+
+def thumbnail(image: Tensor) -> Tensor:
+    """Shrink an image (3, H, W) in [0, 1] to a cell of :func:`draw_grid`, on the CPU."""
+    scale = _THUMBNAIL / max(image.shape[-2:])
+    if scale >= 1:
+        return image.cpu()
+    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+    return F.interpolate(image[None], size, mode="area")[0].cpu()
 
 
 def save_figure(figure: Figure, file: Path, **options: Any) -> None:
@@ -158,8 +174,14 @@ def group_means(measured: Sequence[Measured]) -> dict[str, dict[str, tuple[float
 
 
 def _told(group: str) -> str:
-    readable = group.encode(errors="backslashreplace").decode()  # fonts know no other names
-    return readable.replace("_", " ").replace("+", " + ")
+    """A group's name as it is read: degradations in words, a user's folder as it is called."""
+    if set(group.split("+")) <= set(DEGRADATIONS):
+        return group.replace("_", " ").replace("+", " + ")
+    return group.encode(errors="backslashreplace").decode()  # fonts know no other names
+
+
+def _label(group: str) -> str:
+    return _told(group).replace("$", r"\$")  # or matplotlib takes it for mathematics
 
 
 def _commit() -> str:

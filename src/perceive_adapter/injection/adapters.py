@@ -64,11 +64,15 @@ class AdapterSet(nn.ModuleDict):
         Raises:
             ConfigError: the name is taken or cannot be one.
         """
-        if not name or hasattr(self, name) or "." in name:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ConfigError(f"adapter name {name!r}: expected some text without a dot")
+        if name in self:
             raise ConfigError(
-                f"adapter name {name!r} is taken, empty or has a dot; the adapters are "
-                f"{', '.join(self)}"
+                f"there is an adapter {name!r} already, of {', '.join(self)}; choose another name, "
+                "delete_adapter() it, or put other weights into it with hotswap_adapter()"
             )
+        if hasattr(self, name):
+            raise ConfigError(f"adapter name {name!r} is one that torch needs; choose another name")
 
     def add(
         self, backbone: nn.Module, name: str, injector: PromptInjector, *, trains: bool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from perceive_adapter.injection.freezing import hold_in_eval
 from perceive_adapter.injection.injector import PromptInjector, modules_at
 from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.plan import Site, SitePlan
+from perceive_adapter.warning import warn
 
 if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
@@ -332,6 +332,12 @@ def _rebuild(record: AdapterRecord, tensors: Mapping[str, Tensor], where: str) -
             f"{len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
             f"{len(wrong)} of another shape or dtype {wrong[:3]}"
         )
+    if lost := [name for name in expected if not tensors[name].isfinite().all()]:
+        raise CheckpointError(
+            f"{where}: {TENSORS_NAME} has NaN or infinite values in {len(lost)} of its tensors, "
+            f"such as {lost[0]}: expected finite ones. The training diverged; use a checkpoint "
+            "from before, or train again with a lower learning rate"
+        )
     injector.load_state_dict(dict(tensors), assign=True)
     return injector
 
@@ -370,10 +376,9 @@ def _check_backbone(
         return
     found = fingerprint(backbone, originals, leave_out=record.plan.rewritten)
     if found != record.backbone.fingerprint:
-        warnings.warn(
+        warn(
             f"{where} was trained on a {record.backbone.name} with other weights than this "
-            f"{kind}; it loads, since the shapes agree, and may restore badly",
-            stacklevel=4,
+            f"{kind}; it loads, since the shapes agree, and may restore badly"
         )
 
 

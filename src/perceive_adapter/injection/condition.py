@@ -75,7 +75,7 @@ class ConditionEncoder(nn.Module):
             raise ConfigError(
                 f"treats={columns} names columns of perception.severity and "
                 f"perception.degradations, of which this adapter's sources have {width}: expected "
-                "columns that are there"
+                "columns that are there, which AdapterConfig(sources={'severity': ..., ...}) names"
             )
         self.treats = columns
 

@@ -123,6 +123,11 @@ def _find(
         found = [site for site in found if getattr(config, site.role) is not None]
     else:
         patterns = [sites] if isinstance(sites, str) else list(sites)
+        if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+            raise SiteError(
+                f"sites={sites!r}: expected dotted names of modules, or globs, as in "
+                'sites=["encoder.*"]; None finds the sites'
+            )
         found = _named(patterns, modules, traces, config)
     if not found:
         raise SiteError(

@@ -121,5 +121,5 @@ def hold_in_eval(backbone: nn.Module, eval_only: Iterable[str], *, training: boo
 def _updates_statistics(module: nn.Module) -> bool:
     """Tell batch and instance norms with running statistics, and spectral norms, old and new."""
     buffers = module._buffers
-    spectral = isinstance(module, torch.nn.utils.parametrizations._SpectralNorm)
-    return spectral or "weight_u" in buffers or buffers.get("running_mean") is not None
+    spectral = "weight_u" in buffers or {"_u", "_v"} <= buffers.keys()
+    return spectral or buffers.get("running_mean") is not None

@@ -18,13 +18,14 @@ from perceive_adapter.errors import (
     AlreadyWrappedError,
     BackboneError,
     CompiledBackboneError,
+    ConfigError,
     PerceptionError,
     SiteError,
 )
 from perceive_adapter.injection.branches import Branches
 from perceive_adapter.injection.condition import ConditionEncoder
-from perceive_adapter.injection.perception import Perception
-from perceive_adapter.injection.plan import Geometry, Site, SitePlan
+from perceive_adapter.injection.perception import Perception, check_perception
+from perceive_adapter.injection.plan import Geometry, Role, Site, SitePlan
 from perceive_adapter.injection.prompts import (
     GatedLowRank,
     at_depth,
@@ -114,6 +115,9 @@ class PromptInjector(nn.Module):
     Attributes:
         attached: whether the hooks are installed.
 
+    Raises:
+        ConfigError: the plan was made for prompt modules of other kinds or sizes.
+
     Example:
         >>> from perceive_adapter import Perception, PromptInjector, plan_sites
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
@@ -142,12 +146,29 @@ class PromptInjector(nn.Module):
                 if isinstance(prompt.prompt, GatedLowRank)
             }
         )
+        self._check_size()
         self.attached = False
         self._handles: list[RemovableHandle] = []
         self._hooked: dict[tuple[str, str], nn.Module] = {}
 
-    def _sites(self, role: Any) -> nn.ModuleDict:
+    def _check_size(self) -> None:
+        """Raise unless the modules have as many parameters as the plan says."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        if count != self.plan.parameters:
+            raise ConfigError(
+                f"the plan is of {self.plan.parameters:,} parameters, and with this config there "
+                f"are {count:,}; expected the config that the plan was made with: "
+                "plan_sites(backbone, config=config)"
+            )
+
+    def _sites(self, role: Role) -> nn.ModuleDict:
         sites = self.plan.of(role)
+        if sites and getattr(self.config, role) is None:
+            raise ConfigError(
+                f"the plan has {role} sites, and the config {role}=None leaves them without a kind "
+                "of prompt module; expected the config that the plan was made with: "
+                "plan_sites(backbone, config=config)"
+            )
         return nn.ModuleDict(
             {
                 f"/{site.name}".replace(".", "/"): PromptSite(
@@ -314,8 +335,10 @@ class PromptInjector(nn.Module):
         """Let the backbone run with ``perception``, as often as wanted, inside the context.
 
         Raises:
-            PerceptionError: a pass of another perception is under way in this thread.
+            PerceptionError: a pass of another perception is under way in this thread, or it is no
+                perception, or not one that this injector's sources fit.
         """
+        check_perception(perception)
         with self.lock:
             self.check_idle()
             self.arm(self.encoder(perception))

@@ -24,7 +24,7 @@ from perceive_adapter.errors import (
 )
 from perceive_adapter.hub import HubOptions, check_options, push_folder
 from perceive_adapter.injection.adapters import AdapterSet
-from perceive_adapter.injection.checkpoint import fingerprint, read_beside, save_adapter
+from perceive_adapter.injection.checkpoint import read_beside, save_adapter
 from perceive_adapter.injection.folding import folded_weights
 from perceive_adapter.injection.freezing import FrozenBackbone, hold_in_eval
 from perceive_adapter.injection.injector import PromptInjector
@@ -32,9 +32,8 @@ from perceive_adapter.injection.perception import Perception, ValueRange, check_
 from perceive_adapter.injection.plan import SitePlan
 from perceive_adapter.injection.probe import check_image
 from perceive_adapter.injection.restore import Image, find_multiple, restore_image
-from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.injection.status import AdapterStatus
-from perceive_adapter.perceiver.quality import QualityPerceiver
+from perceive_adapter.injection.steering import Steering, check_sources, widths
 
 __all__ = ["PerceiveModel"]
 
@@ -55,9 +54,7 @@ class PerceiveModel(nn.Module):
     Args:
         backbone: checked and planned by :func:`~.wrap`; frozen and hooked here.
         injector: prompt modules for it.
-        perceiver: frozen, or None.
-        perceiver_name: folder or repository that it was loaded by, or None.
-        semantic: frozen vision model, or None.
+        steering: the models that perceive, which are frozen here; None for none.
         image_arg: position or keyword of the image, and the name that position has.
         value_range: of the images that the backbone takes and gives.
     """
@@ -66,27 +63,25 @@ class PerceiveModel(nn.Module):
         self,
         backbone: nn.Module,
         injector: PromptInjector,
+        steering: Steering | None = None,
         *,
-        perceiver: QualityPerceiver | None = None,
-        perceiver_name: str | None = None,
-        semantic: SemanticGuidance | None = None,
         image_arg: tuple[int | None, str | None] = (0, None),
         value_range: ValueRange | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.perceiver = perceiver
-        self.perceiver_name = perceiver_name
-        # As it was given: .to(dtype) casts it too, and it is the same perceiver still.
-        self.perceiver_fingerprint = perceiver.fingerprint() if perceiver is not None else None
-        self.semantic = semantic
-        self.semantic_fingerprint = fingerprint(semantic.tower) if semantic is not None else None
+        steering = steering or Steering()
+        self.perceiver = steering.perceiver
+        self.perceiver_name = steering.perceiver_name
+        self.perceiver_fingerprint = steering.perceiver_fingerprint
+        self.semantic = steering.semantic
+        self.semantic_fingerprint = steering.semantic_fingerprint
         self.image_arg = image_arg
         self.value_range = value_range or ValueRange()
         self._multiple: int | None = None
         self._folded: Perception | None = None
         self._compiled = False
-        for tower in (perceiver, semantic):
+        for tower in (self.perceiver, self.semantic):
             if tower is not None:
                 tower.requires_grad_(False).eval()
         self.adapters = AdapterSet(backbone, "default", injector)  # what may fail came before
@@ -476,13 +471,12 @@ class PerceiveModel(nn.Module):
     def train(self, mode: bool = True) -> PerceiveModel:
         """Set training mode; normalisation statistics and frozen towers stay as they are.
 
-        So do the modules of ``sites.eval_only``, and a backbone that was given back.
+        So do the modules of ``sites.eval_only``.
         """
         with self.adapters.lock:
             self.training = mode
-            own = [part for part in self.children() if part not in (self.perceiver, self.semantic)]
-            for part in own:
-                if part is not self.backbone or self.injector.attached:
+            for part in self.children():
+                if part not in (self.perceiver, self.semantic):
                     part.train(mode)
             if self.injector.attached:
                 hold_in_eval(self.backbone, self.sites.eval_only, training=mode)
@@ -508,7 +502,8 @@ class PerceiveModel(nn.Module):
                 ``local_files_only``.
 
         Raises:
-            ConfigError: the name is taken or cannot be one, or there are options of no repository.
+            ConfigError: the name is taken or cannot be one, there are options of no repository, or
+                prompt modules expect something else to steer them than this model has.
             SiteError: its sites do not fit the backbone.
             CheckpointError: the saved adapter is missing, damaged, of another backbone, or steered
                 by something else than this model has.
@@ -526,18 +521,20 @@ class PerceiveModel(nn.Module):
                 "put other weights into one with hotswap_adapter()"
             )
         trains = True
-        if adapter is None:
+        if isinstance(adapter, PromptInjector):
+            check_sources(adapter.encoder.sources, widths(self.perceiver, self.semantic))
+        elif adapter is None:
             config = dataclasses.replace(self.injector.config, treats=None)
             adapter = PromptInjector(self.sites, config)
-        elif not isinstance(adapter, PromptInjector):
+        else:
             adapter = read_beside(self, adapter, **hub_options).injector
             if adapter.config.semantic is not None:  # whose weights are where this model's are
                 here = self.injector.config.semantic_weights
                 adapter.config = dataclasses.replace(adapter.config, semantic_weights=here)
             trains = self.adapters.trains
-        like = next(self.injector.parameters())
         with self._in_turn():
-            self.adapters.add(self.backbone, name, adapter.to(like.device), trains=trains)
+            self.adapters.add(self.backbone, name, adapter, trains=trains)
+            adapter.to(next(self.injector.parameters()).device)
 
     def hotswap_adapter(
         self,
@@ -607,7 +604,10 @@ class PerceiveModel(nn.Module):
         """
         with self._in_turn(folded=False):
             self.adapters.detach()
-            return self.frozen.release()
+            net = self.frozen.release()
+            del self.backbone  # what is done to this model is to reach it no more
+            self.__dict__["backbone"] = net
+            return net
 
     # On disk
 
@@ -621,7 +621,7 @@ class PerceiveModel(nn.Module):
 
         Backbone parameters that were unfrozen are saved with it, the rest of the backbone is not.
         Where FSDP has sharded the model every process must call it, and the first one writes. A
-        ``README.md`` that this package did not write is kept, with a warning.
+        ``README.md`` that somebody wrote or edited is kept, with a warning.
 
         Args:
             folder: made if it does not exist.
@@ -646,7 +646,7 @@ class PerceiveModel(nn.Module):
         """Save the active adapter and upload it to the Hugging Face Hub.
 
         Where FSDP has sharded the model every process must call it, and the first one uploads. A
-        ``README.md`` of the repository that this package did not write is kept, with a warning.
+        ``README.md`` of the repository that somebody wrote or edited is kept, with a warning.
 
         Args:
             repo_id: ``user/name``.
@@ -683,9 +683,8 @@ class PerceiveModel(nn.Module):
         image = check_image(given, self.sites.image_channels, "the image")
         device = next(self.injector.parameters()).device
         if image.device != device:
-            raise ImageError(
-                f"the image is on {image.device} and the model on {device}; move one of them"
-            )
+            remedy = "load the model's weights" if device.type == "meta" else "move one of them"
+            raise ImageError(f"the image is on {image.device} and the model on {device}; {remedy}")
         return image
 
     def _perception(self, perception: Perception | None, image: Tensor) -> Perception:
@@ -711,7 +710,7 @@ class PerceiveModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the condition of each adapter that is named for an image of a batch."""
         self.adapters.check_names(names, image.shape[0])
-        if perception is None:
+        if perception is None and any(name is not None for name in names):
             # A copy, for the sake of networks that write to their input, as above.
             unit = self.value_range.to_unit(image.clone() if torch.is_grad_enabled() else image)
             shared = self._seen(unit)

@@ -107,12 +107,12 @@ register_pytree(Perception)
 
 
 def check_perception(given: object) -> None:
-    """Raise unless what was given as a perception is one, or None.
+    """Raise unless what was given as a perception is one.
 
     Raises:
         PerceptionError: it is something else.
     """
-    if given is not None and not isinstance(given, Perception):
+    if not isinstance(given, Perception):
         raise PerceptionError(
             f"perception= got a {type(given).__name__}; expected a Perception, as "
             "model.perceive(image) gives, or Perception(severity=...) with what is known elsewhere"

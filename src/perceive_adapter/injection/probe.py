@@ -21,6 +21,7 @@ __all__ = [
     "Example",
     "Trace",
     "check_image",
+    "image_alone",
     "image_argument",
     "image_in",
     "quiet",
@@ -139,6 +140,30 @@ def image_argument(backbone: nn.Module, image_arg: int | str) -> tuple[int | Non
     if isinstance(image_arg, str):
         return (names.index(image_arg) if image_arg in names else None), image_arg
     return image_arg, names[image_arg] if image_arg < len(names) else None
+
+
+def image_alone(
+    image_arg: tuple[int | None, str | None], image: Tensor
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return the arguments of a call with an image and nothing else.
+
+    Args:
+        image_arg: position and name of the image, as :func:`image_argument` gives them.
+        image: (B, C, H, W).
+
+    Raises:
+        ConfigError: the image is neither the first argument nor known by name.
+    """
+    position, name = image_arg
+    if position == 0:
+        return (image,), {}
+    if name is None:
+        raise ConfigError(
+            f"the backbone's image is argument {position}, whose name its signature does not tell, "
+            "so that nothing can call it with the image alone; wrap a module that takes the image "
+            "first, or by a name: image_arg=..."
+        )
+    return (), {name: image}
 
 
 @dataclass

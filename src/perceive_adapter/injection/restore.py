@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from perceive_adapter.data.images import Image, read_image
 from perceive_adapter.errors import BackboneError, ConfigError, ImageError, PerceptionError
 from perceive_adapter.injection.perception import Perception, check_perception
-from perceive_adapter.injection.probe import image_in, weight_like_images
+from perceive_adapter.injection.probe import image_alone, image_in, weight_like_images
 from perceive_adapter.injection.tiling import Grid, weights
 from perceive_adapter.modes import keeping_modes
 
@@ -37,12 +38,7 @@ def restore_image(
     batch_size: int,
 ) -> Any:
     """See :meth:`PerceiveModel.restore`."""
-    integers = all(type(n) is int for n in (overlap, batch_size, 0 if tile is None else tile))
-    if not integers or overlap < 0 or batch_size < 1 or (tile is not None and tile <= 2 * overlap):
-        raise ConfigError(
-            f"tile={tile}, overlap={overlap}, batch_size={batch_size}; expected integers, "
-            "a tile larger than twice the overlap, overlap >= 0 and batch_size >= 1"
-        )
+    _check_tiles(tile, overlap, batch_size)
     planes = read_image(image)
     color, channels = planes.color, model.sites.image_channels
     if channels not in (1, 3):
@@ -52,27 +48,17 @@ def restore_image(
         )
     gray = color.shape[1] == 1
     inputs = color.expand(-1, 3, -1, -1) if channels == 3 else color.flatten(0, 1)[:, None]
-    check_perception(perception)
-    if perception is not None and perception.batch not in (1, len(color)):
-        raise PerceptionError(
-            f"a perception of {perception.batch} images was given for {len(color)}; expected one "
-            "of each, or of one image that stands for all"
-        )
+    perceptions = _of_each(perception, len(color))
+    results: list[Tensor] = []
     with model.adapters.lock, keeping_modes(model), torch.no_grad():
         model.eval()
-        restored = torch.cat(
-            [
-                _restore_one(
-                    model,
-                    one[None],
-                    _of_image(perception, index, len(inputs)),
-                    tile,
-                    overlap,
-                    batch_size,
-                )
-                for index, one in enumerate(inputs)
-            ]
-        )
+        grid = _grid(model, inputs, tile, overlap)
+        # A gray network restores the channels of a color image one by one.
+        for parts, seen in zip(inputs.chunk(len(color)), perceptions, strict=True):
+            with _steered(model, parts, seen):
+                for part in parts.chunk(len(parts)):
+                    results.append(_restore_one(model, part, grid, batch_size))
+    restored = torch.cat(results)
     if not restored.isfinite().all():
         raise BackboneError(
             f"the network gave NaN or infinite values for an image without any. Its weights are "
@@ -94,29 +80,40 @@ def restore_image(
     return planes.pack(result)
 
 
-def _of_image(perception: Perception | None, index: int, count: int) -> Perception | None:
-    """The perception of one of ``count`` inputs; a gray network has several for a color image."""
+def _check_tiles(tile: int | None, overlap: int, batch_size: int) -> None:
+    integers = all(type(n) is int for n in (overlap, batch_size, 0 if tile is None else tile))
+    if not integers or overlap < 0 or batch_size < 1 or (tile is not None and tile <= 2 * overlap):
+        raise ConfigError(
+            f"tile={tile}, overlap={overlap}, batch_size={batch_size}; expected integers, "
+            "a tile larger than twice the overlap, overlap >= 0 and batch_size >= 1"
+        )
+
+
+def _of_each(perception: Perception | None, count: int) -> list[Perception | None]:
+    """Return the perception of each of ``count`` images, None where it was not given."""
     if perception is None:
-        return None
-    return perception[index * perception.batch // count]
+        return [None] * count
+    check_perception(perception)
+    if perception.batch not in (1, count):
+        raise PerceptionError(
+            f"a perception of {perception.batch} images was given for {count}; expected one of "
+            "each, or of one image that stands for all"
+        )
+    return [perception[index % perception.batch] for index in range(count)]
 
 
-def _restore_one(
-    model: PerceiveModel,
-    image: Tensor,
-    perception: Perception | None,
-    tile: int | None,
-    overlap: int,
-    batch_size: int,
-) -> Tensor:
-    """Restore (1, C, H, W) of any dtype to float (1, C, sH, sW)."""
+def _grid(model: PerceiveModel, image: Tensor, tile: int | None, overlap: int) -> Grid:
+    """Return how images of this size are cut; to find out runs the bare backbone."""
     height, width = _padded_size(model, image)
     align = math.lcm(model.size_multiple, model.sites.stride) if tile else 1
     height, width = (_round_up(side, align) for side in (height, width))
     wanted = _tile_side(model, tile, overlap, align) if tile else max(height, width)
-    grid = Grid((height, width), (min(wanted, height), min(wanted, width)), overlap, align)
-    with _steered(model, image, perception):
-        restored = _run_tiles(model, image, grid, batch_size)
+    return Grid((height, width), (min(wanted, height), min(wanted, width)), overlap, align)
+
+
+def _restore_one(model: PerceiveModel, image: Tensor, grid: Grid, batch_size: int) -> Tensor:
+    """Restore (1, C, H, W) of any dtype to float (1, C, sH, sW)."""
+    restored = _run_tiles(model, image, grid, batch_size)
     height, width = (round(side * model.sites.scale) for side in image.shape[-2:])
     return restored[..., :height, :width]
 
@@ -124,11 +121,18 @@ def _restore_one(
 def _steered(
     model: PerceiveModel, image: Tensor, perception: Perception | None
 ) -> AbstractContextManager[None]:
-    """Have all tiles of an image share one perception; the bare backbone needs none."""
+    """Have all that an image is cut into share one perception; the bare backbone needs none.
+
+    Args:
+        model: wrapped.
+        image: (1, C, H, W), or (3, 1, H, W), the channels of one image for a gray network.
+        perception: of the image; None perceives it.
+    """
     if not model.injector.enabled:
         return nullcontext()
     if perception is None:
-        perception = model.perceive(_network_input(model, image))
+        whole = _network_input(model, image).mean(dim=0, keepdim=True)
+        perception = model.perceive(whole)
     return model.fold(perception)
 
 
@@ -187,10 +191,12 @@ def _weight_sum(grid: Grid, axis: int, scale: float, length: int) -> Tensor:
 
 def _call(model: PerceiveModel, image: Tensor) -> Tensor:
     """Run the model and return the restored images in [0, 1], checked for their size."""
-    position, name = model.image_arg
+    args, kwargs = image_alone(model.image_arg, image)
     try:
-        output = model(image) if position == 0 else model(**{str(name): image})
+        output = model(*args, **kwargs)
     except TypeError as error:
+        if _takes(model.backbone, args, kwargs):  # it is the network's own
+            raise
         raise BackboneError(
             f"restore() calls the backbone with the image alone, and it needs more: {error}; call "
             "the model itself, or wrap a module that fills in the other arguments"
@@ -203,6 +209,15 @@ def _call(model: PerceiveModel, image: Tensor) -> Tensor:
             f"expects height and width {expected}, and 1 or 3 channels"
         )
     return model.value_range.to_unit(restored)
+
+
+def _takes(backbone: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> bool:
+    """Tell whether a network's signature takes these arguments and needs no others."""
+    try:
+        inspect.signature(backbone.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _network_input(model: PerceiveModel, image: Tensor) -> Tensor:

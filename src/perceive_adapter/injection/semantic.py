@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError
+from perceive_adapter.perceiver.bundled import PERCEIVE_TINY
 from perceive_adapter.perceiver.trunk import load_trunk
 
 __all__ = ["SemanticGuidance"]
@@ -75,7 +76,7 @@ class SemanticGuidance(nn.Module):
 
 
 def _load(model: str, weights: str | None) -> Any:
-    if model == "perceive-tiny":
+    if model == PERCEIVE_TINY:
         return load_trunk()
     import timm
 
@@ -86,7 +87,8 @@ def _load(model: str, weights: str | None) -> Any:
         )
     if not timm.is_model(model):
         near = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:5])
-        raise ConfigError(f"semantic={model!r} is no model of timm; it has {near or 'others'}")
+        hint = f"it has {near}" if near else "timm.list_models() names all"
+        raise ConfigError(f"semantic={model!r} is no model of timm; {hint}")
     try:
         return timm.create_model(
             model, pretrained=weights is None, num_classes=0, checkpoint_path=weights or ""

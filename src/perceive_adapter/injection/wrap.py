@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, Union
@@ -14,7 +15,12 @@ from torch import nn
 from typing_extensions import Unpack
 
 from perceive_adapter.config import AdapterConfig
-from perceive_adapter.errors import AdapterMismatchError, CheckpointError, ConfigError
+from perceive_adapter.errors import (
+    AdapterMismatchError,
+    BackboneError,
+    CheckpointError,
+    ConfigError,
+)
 from perceive_adapter.hub import HubOptions, check_options
 from perceive_adapter.injection.checkpoint import (
     AdapterFile,
@@ -29,12 +35,11 @@ from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.probe import image_argument
 from perceive_adapter.injection.semantic import SemanticGuidance
-from perceive_adapter.perceiver.bundled import BUNDLED
+from perceive_adapter.injection.steering import Steering, check_sources, widths
+from perceive_adapter.perceiver.bundled import BUNDLED, PERCEIVE_TINY
 from perceive_adapter.perceiver.quality import QualityPerceiver
 
 __all__ = ["wrap"]
-
-DEFAULT_PERCEIVER = "perceive-tiny"
 
 PerceiverLike: TypeAlias = Union[QualityPerceiver, str, "os.PathLike[str]", Literal[False], None]
 
@@ -90,7 +95,8 @@ def wrap(
         The wrapped model, on the backbone's device and in its mode.
 
     Raises:
-        BackboneError: the backbone cannot be run, is compiled, or is wrapped already.
+        BackboneError: the backbone cannot be run, is compiled, is wrapped already, or has an
+            argument that the wrapped model takes for itself.
         SiteError: no site matches.
         ConfigError: arguments that contradict each other.
         ImageError: the example is no floating-point image.
@@ -104,6 +110,7 @@ def wrap(
         trainable: ... level and 2 layer sites
     """
     check_backbone(backbone, without_weights=pretrained is not None)
+    _check_arguments(backbone)
     named = perceiver if isinstance(perceiver, (str, os.PathLike)) else None
     check_options(hub_options, "wrap", pretrained or named)
     values = None if value_range is None else ValueRange.of(value_range)
@@ -115,10 +122,8 @@ def wrap(
                 "or leave out the adapter"
             )
         file = read_adapter(pretrained, backbone, **hub_options)
-        found, name = _saved_perceiver(file, perceiver, hub_options)
-        semantic = _saved_semantic(file, semantic_weights)
-        steering = {"perceiver": found, "perceiver_name": name, "semantic": semantic}
-        return _load(backbone, file, argument, values, bool(is_trainable), **steering)
+        steering = _saved_steering(file, perceiver, semantic_weights, hub_options)
+        return _load(backbone, file, argument, values, bool(is_trainable), steering)
     if semantic_weights is not None:
         raise ConfigError(
             "semantic_weights= is for a saved adapter; name those of a new one in "
@@ -136,16 +141,19 @@ def wrap(
         )
     by_default = perceiver is None and config.sources is None
     if by_default:
-        perceiver = DEFAULT_PERCEIVER
+        perceiver = PERCEIVE_TINY
     found = _load_perceiver(perceiver, hub_options)
     semantic = _build_semantic(config)
-    given, config = config, _with_sources(config, found, semantic)
-    where = {"sites": sites, "example": example, "image_arg": 0 if image_arg is None else image_arg}
-    plan = plan_sites(backbone, config=config, **where)
+    given, config = config, _with_sources(config, widths(found, semantic))
+    position = 0 if image_arg is None else image_arg
+    plan_with = functools.partial(
+        plan_sites, backbone, sites=sites, example=example, image_arg=position
+    )
+    plan = plan_with(config=config)
     if by_default and plan.image_channels not in (1, 3):  # which the perceiver cannot see
         found = perceiver = None
-        config = _with_sources(given, found, semantic)
-        plan = plan_sites(backbone, config=config, **where)
+        config = _with_sources(given, widths(found, semantic))
+        plan = plan_with(config=config)
     if plan.image_channels not in (1, 3) and (found is not None or semantic is not None):
         raise ConfigError(
             f"the backbone's images have {plan.image_channels} channels, and a perceiver or a "
@@ -156,12 +164,25 @@ def wrap(
         backbone,
         PromptInjector(plan, config),
         is_trainable is not False,
-        perceiver=found,
-        perceiver_name=_name_of(perceiver, hub_options.get("revision")),
-        semantic=semantic,
-        image_arg=argument or image_argument(backbone, 0),
-        value_range=values or ValueRange(),
+        Steering(found, _name_of(perceiver, hub_options.get("revision")), semantic),
+        argument or image_argument(backbone, 0),
+        values or ValueRange(),
     )
+
+
+def _check_arguments(backbone: nn.Module) -> None:
+    """Raise if the model takes for itself what the backbone's own arguments are called.
+
+    Raises:
+        BackboneError: so it is.
+    """
+    names = inspect.signature(backbone.forward).parameters
+    if taken := [name for name in ("perception", "adapter_names") if name in names]:
+        raise BackboneError(
+            f"the backbone has an argument {taken[0]!r} of its own, and the wrapped model one of "
+            "that name, which tells what is perceived; wrap a module that takes it by another name "
+            "and passes it on"
+        )
 
 
 def _load(
@@ -170,7 +191,7 @@ def _load(
     image_arg: tuple[int | None, str | None] | None,
     value_range: ValueRange | None,
     is_trainable: bool,
-    **steering: Any,
+    steering: Steering,
 ) -> PerceiveModel:
     """Build the model of a saved adapter, which knows what is not given."""
     saved = file.record
@@ -178,9 +199,9 @@ def _load(
         backbone,
         file.injector,
         is_trainable,
-        image_arg=agree("image_arg", image_arg, (saved.image_position, saved.image_name)),
-        value_range=agree("value_range", value_range, saved.value_range),
-        **steering,
+        steering,
+        agree("image_arg", image_arg, (saved.image_position, saved.image_name)),
+        agree("value_range", value_range, saved.value_range),
     )
     try:
         load_unfrozen(model, file, is_trainable=is_trainable)
@@ -190,10 +211,24 @@ def _load(
     return model
 
 
+def _saved_steering(
+    file: AdapterFile,
+    perceiver: PerceiverLike,
+    semantic_weights: str | os.PathLike[str] | None,
+    options: HubOptions,
+) -> Steering:
+    """Load what a saved adapter was trained with; whose weights, and that of its fingerprint."""
+    found, name = _saved_perceiver(file, perceiver, options)
+    semantic, semantic_print = _saved_semantic(file, semantic_weights)
+    saved = file.record.perceiver
+    own = None if saved is None else saved.fingerprint
+    return Steering(found, name, semantic, own, semantic_print)
+
+
 def _saved_perceiver(
     file: AdapterFile, given: PerceiverLike, options: HubOptions
 ) -> tuple[QualityPerceiver | None, str | None]:
-    """Load the perceiver that a saved adapter was trained with, and give its name."""
+    """Load the perceiver of the saved fingerprint, and give its name."""
     saved = file.record.perceiver
     if saved is None:
         if given is not None and given is not False:
@@ -202,15 +237,16 @@ def _saved_perceiver(
                 "leave it out"
             )
         return None, None
-    state = "it is not here" if given is None or given is False else "another one was given"
+    state = "it is not here" if given is None else "another one was given"
+    state = "perceiver=False leaves it out" if given is False else state
     if given is None and saved.name and not _is_lost(saved.name):
         given, state = saved.name, "another one is there now"
     own: Any = {name: value for name, value in options.items() if name != "revision"}
     found = _load_perceiver(given, own)
     if found is None or found.fingerprint() != saved.fingerprint:
         raise AdapterMismatchError(
-            f"{file.where} is steered by the perceiver {saved.name or ''} with fingerprint "
-            f"{saved.fingerprint[:16]}, and {state}; give that one as perceiver=..."
+            f"{file.where} is steered by the perceiver {f'{saved.name} ' if saved.name else ''}with"
+            f" fingerprint {saved.fingerprint[:16]}, and {state}; give that one as perceiver=..."
         )
     return found, _name_of(given)
 
@@ -221,22 +257,27 @@ def _is_lost(name: str) -> bool:
 
 
 def _assemble(
-    backbone: nn.Module, injector: PromptInjector, is_trainable: bool, **options: Any
+    backbone: nn.Module,
+    injector: PromptInjector,
+    is_trainable: bool,
+    steering: Steering,
+    image_arg: tuple[int | None, str | None],
+    value_range: ValueRange,
 ) -> PerceiveModel:
     """Build the model; nothing of the backbone has been touched before this."""
-    channels, values = injector.plan.image_channels, options["value_range"]
-    if len(values.mean) not in (1, channels):
+    channels = injector.plan.image_channels
+    if len(value_range.mean) not in (1, channels):
         raise ConfigError(
-            f"value_range has {len(values.mean)} means and stds, and the backbone's images have "
-            f"{channels} channels: give one for each channel, or one for all"
+            f"value_range has {len(value_range.mean)} means and stds, and the backbone's images "
+            f"have {channels} channels: give one for each channel, or one for all"
         )
     like = next(backbone.parameters(), None)
     if like is not None and not like.is_meta:
-        for module in (injector, options["perceiver"], options["semantic"]):
+        for module in (injector, steering.perceiver, steering.semantic):
             if module is not None:
                 module.to(like.device)
     injector.requires_grad_(is_trainable)
-    return PerceiveModel(backbone, injector, **options)
+    return PerceiveModel(backbone, injector, steering, image_arg=image_arg, value_range=value_range)
 
 
 def _load_perceiver(perceiver: PerceiverLike, options: HubOptions) -> QualityPerceiver | None:
@@ -245,7 +286,7 @@ def _load_perceiver(perceiver: PerceiverLike, options: HubOptions) -> QualityPer
         return None
     if isinstance(perceiver, QualityPerceiver):
         return perceiver
-    if perceiver == DEFAULT_PERCEIVER:
+    if perceiver == PERCEIVE_TINY:
         return copy.deepcopy(_default_perceiver())  # models may live on different devices
     if isinstance(perceiver, (str, os.PathLike)):
         return QualityPerceiver.from_pretrained(perceiver, **options)
@@ -257,7 +298,7 @@ def _load_perceiver(perceiver: PerceiverLike, options: HubOptions) -> QualityPer
 
 @functools.lru_cache(maxsize=1)
 def _default_perceiver() -> QualityPerceiver:
-    return QualityPerceiver.from_pretrained(DEFAULT_PERCEIVER)
+    return QualityPerceiver.from_pretrained(PERCEIVE_TINY)
 
 
 def _name_of(perceiver: PerceiverLike, revision: str | None = None) -> str | None:
@@ -280,8 +321,8 @@ def _build_semantic(config: AdapterConfig) -> SemanticGuidance | None:
 
 def _saved_semantic(
     file: AdapterFile, weights: str | os.PathLike[str] | None
-) -> SemanticGuidance | None:
-    """Load the semantic model that a saved adapter was trained with.
+) -> tuple[SemanticGuidance | None, str | None]:
+    """Load the semantic model that a saved adapter was trained with, and give its fingerprint.
 
     Args:
         file: the adapter; its config takes over ``weights``.
@@ -301,51 +342,35 @@ def _saved_semantic(
         semantic = _build_semantic(injector.config)
     except ConfigError as error:
         raise CheckpointError(f"{file.where}: {error}") from error
-    if semantic is not None and saved not in (None, fingerprint(semantic.tower)):
+    here = None if semantic is None else fingerprint(semantic.tower)
+    if saved is not None and here not in (None, saved):
         raise AdapterMismatchError(
             f"{file.where} is steered by {injector.config.semantic} with weights of the "
             f"fingerprint {saved[:16]}, and others are here; give the safetensors file that they "
             "are in as semantic_weights="
         )
-    return semantic
+    return semantic, here
 
 
-def _with_sources(
-    config: AdapterConfig, perceiver: QualityPerceiver | None, semantic: SemanticGuidance | None
-) -> AdapterConfig:
+def _with_sources(config: AdapterConfig, told: Mapping[str, int]) -> AdapterConfig:
     """Name what steers the prompts, where the config does not.
 
     The perceiver's embedding is named where nothing else tells what is wrong with an image. Where
     presence and severity are told, it adds little on images like those of the training and
     misleads on others (`benchmarks/quality.py`, row "with the embedding").
     """
-    told: dict[str, int] = {}
-    if perceiver is not None:
-        told |= {"tiers": len(perceiver.tiers), "embedding": perceiver.embedding_dim}
-        if kinds := len(perceiver.degradations):
-            told |= {"degradations": kinds, "severity": kinds}
-    if semantic is not None:
-        told["semantic"] = semantic.dim
     if config.sources is not None:
-        _check_sources(config.sources, told)
+        check_sources(config.sources, told)
         return config
     sources = {"compact": config.compact_dim} if config.compact_dim else {}
-    if "degradations" in told:
-        del told["embedding"]
-    sources |= told
+    sources |= {
+        name: width
+        for name, width in told.items()
+        if name != "embedding" or "degradations" not in told
+    }
     if not sources:
         raise ConfigError(
             "nothing steers the prompts: compact_dim=0, no perceiver and no semantic model; name "
             "the sources of the perceptions that you will give, AdapterConfig(sources=...)"
         )
     return dataclasses.replace(config, sources=sources)
-
-
-def _check_sources(sources: Mapping[str, int], told: Mapping[str, int]) -> None:
-    """Raise where what is told has another width than the sources; others may be given later."""
-    for name, width in sources.items():
-        if width != told.get(name, width):
-            raise ConfigError(
-                f"AdapterConfig(sources=...) says that {name} has width {width}, and what perceives"
-                f" here tells {told[name]}: expected that, or no sources, which are found then"
-            )

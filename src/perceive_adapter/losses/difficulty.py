@@ -197,7 +197,7 @@ class DifficultyAdaptiveLoss(nn.Module):
         mask = _check_valid(valid, len(images) - len(first), checked[0])
         found = [full_precision(image) for image in checked]
         target = len(first) - 2
-        found[target:] = [image.detach() for image in found[target:]]
+        found[target:] = map(_constant, found[target:])
         for index, use in enumerate(mask.unbind(1), start=len(first)):
             found[index] = found[index].where(use[:, None, None, None], found[target + 1])
         return found, mask
@@ -269,6 +269,13 @@ def _listed(medium: Sequence[Tensor]) -> list[Tensor]:
             f"{tuple(medium.shape)}; pass [medium], or medium.unbind(1) for (B, n, 3, H, W)"
         )
     return list(medium)
+
+
+def _constant(image: Tensor) -> Tensor:
+    """Return what autograd takes for constant; tensors of inference mode it does not even save."""
+    if not torch.compiler.is_compiling() and image.is_inference():
+        return image.clone()
+    return image.detach()
 
 
 def _check_valid(valid: Tensor | None, medium: int, like: Tensor) -> Tensor:

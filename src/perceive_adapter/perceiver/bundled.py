@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
-__all__ = ["ASSETS", "BUNDLED", "CONFIG_NAME", "TENSORS_NAME", "locate"]
+__all__ = ["ASSETS", "BUNDLED", "CONFIG_NAME", "PERCEIVE_TINY", "TENSORS_NAME", "locate"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED = ("perceive-tiny",)
+PERCEIVE_TINY = "perceive-tiny"
+BUNDLED = (PERCEIVE_TINY,)
 CONFIG_NAME = "perceiver_config.json"
 TENSORS_NAME = "perceiver_model.safetensors"
 

@@ -2,12 +2,12 @@
 
 import math
 from typing import Final
-from warnings import warn
 
 import torch
 from torch import Tensor
 
 from perceive_adapter.errors import ImageError, ImageRangeWarning
+from perceive_adapter.warning import warn
 
 __all__ = ["check_finite", "check_image", "check_range"]
 
@@ -58,7 +58,6 @@ def check_range(views: Tensor) -> None:
             "expected RGB in [0, 1]. Of an image in [-1, 1] give (image + 1) / 2; of a network "
             "that takes such images, wrap(..., value_range=(-1, 1)) does it.",
             ImageRangeWarning,
-            stacklevel=6,
         )
 
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
-from warnings import warn
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from perceive_adapter.perceiver.maps import quality_map
 from perceive_adapter.perceiver.perceived import Perceived
 from perceive_adapter.perceiver.prompts import TierPrompts, tier_words
 from perceive_adapter.perceiver.towers import ClipTowers, build_clip, embed_words
+from perceive_adapter.warning import warn
 
 __all__ = ["QualityPerceiver"]
 
@@ -245,7 +245,7 @@ class QualityPerceiver(nn.Module):
         """Write ``perceiver_config.json``, ``perceiver_model.safetensors`` and a model card.
 
         The towers are saved too unless open_clip can name and load their weights. A ``README.md``
-        that this package did not write is kept, with a warning.
+        that somebody wrote or edited is kept, with a warning.
 
         Args:
             folder: made if it does not exist.
@@ -260,7 +260,7 @@ class QualityPerceiver(nn.Module):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save the perceiver and upload it to the Hugging Face Hub.
 
-        A ``README.md`` of the repository that this package did not write is kept, with a warning.
+        A ``README.md`` of the repository that somebody wrote or edited is kept, with a warning.
 
         Args:
             repo_id: ``user/repo``.
@@ -447,5 +447,4 @@ class QualityPerceiver(nn.Module):
                 "this perceiver's prompts were never trained, so its scores mean nothing yet. "
                 "Train them with tier_loss, or load a trained perceiver with from_pretrained.",
                 UntrainedPerceiverWarning,
-                stacklevel=5,
             )

@@ -296,9 +296,10 @@ def _check_tag(clip: str, tag: str) -> None:
 
     weights = open_clip.get_pretrained_cfg(clip, tag)
     if not weights:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip))
+        hint = f"Its tags are {tags}." if tags else "It has none: give a file of weights, or None."
         raise ConfigError(
-            f"open_clip has no weights {tag!r} for {clip!r}, and there is no such file. "
-            f"Its tags are {open_clip.list_pretrained_tags_by_model(clip)}."
+            f"open_clip has no weights {tag!r} for {clip!r}, and there is no such file. {hint}"
         )
     trained = bool(weights.get("quick_gelu", False))
     if trained != bool(open_clip.get_model_config(clip).get("quick_gelu", False)):

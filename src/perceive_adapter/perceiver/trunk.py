@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.folders import load_folder
-from perceive_adapter.perceiver.bundled import ASSETS, CONFIG_NAME, TENSORS_NAME
+from perceive_adapter.perceiver.bundled import ASSETS, CONFIG_NAME, PERCEIVE_TINY, TENSORS_NAME
 
 __all__ = ["TRUNK_NAME", "StatisticsTrunk", "load_trunk", "perceive_tiny", "register_trunk"]
 
@@ -127,7 +127,7 @@ def perceive_tiny(pretrained: bool = False, **options: Any) -> StatisticsTrunk:
 @torch.inference_mode(False)  # what is made there could not take part in a backward pass
 def load_trunk() -> StatisticsTrunk:
     """Return the bundled perceiver's trunk with its weights, without building the perceiver."""
-    _, tensors = load_folder(ASSETS / "perceive-tiny", CONFIG_NAME, TENSORS_NAME)
+    _, tensors = load_folder(ASSETS / PERCEIVE_TINY, CONFIG_NAME, TENSORS_NAME)
     prefix = "towers.visual.trunk."
     weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     with torch.device("meta"):

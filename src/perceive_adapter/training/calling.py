@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import Perception
-from perceive_adapter.injection.probe import image_in
+from perceive_adapter.injection.probe import image_alone, image_in
 
 __all__ = ["restored_by"]
 
@@ -34,9 +34,9 @@ def restored_by(
     arguments: tuple[Tensor, ...] = (degraded,)
     keywords: dict[str, Any] = {}
     if isinstance(model, PerceiveModel):
-        image, (position, name) = model.value_range.from_unit(degraded), model.image_arg
-        arguments = (image,) if position == 0 else ()
-        keywords = {"perception": perception} | ({} if position == 0 else {str(name): image})
+        image = model.value_range.from_unit(degraded)
+        arguments, named = image_alone(model.image_arg, image)
+        keywords = {"perception": perception, **named}
     if weights is None:
         output = model(*arguments, **keywords)
     else:

@@ -24,9 +24,23 @@ def write_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
     """Write a state over the old one, as :func:`~perceive_adapter.folders.replacing` does."""
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(f".{file.name}.*"):  # by a run that was killed while it wrote
-        left.unlink(missing_ok=True)
+        if not _is_alive(left.suffix[1:]):
+            left.unlink(missing_ok=True)
     with replacing(file, draft=f".{file.name}.{os.getpid()}") as stream:
         torch.save(dict(state), stream)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether there is another process of this number on this machine, as far as that is known."""
+    if not process.isdecimal() or int(process) == os.getpid() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def read_checkpoint(file: Path, keys: Collection[str]) -> dict[str, Any] | None:

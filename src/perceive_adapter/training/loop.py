@@ -22,7 +22,7 @@ from perceive_adapter.training.checkpoints import (
     write_checkpoint,
 )
 
-__all__ = ["Ahead", "Schedule", "seeded", "train"]
+__all__ = ["Ahead", "Schedule", "check_finite", "seeded", "train"]
 
 T = TypeVar("T")
 
@@ -98,7 +98,8 @@ class Ahead(Generic[T]):
 
     Args:
         draw: the samples of a step, on the CPU; everything random in it must hang on the step
-            alone, so that it does not matter who draws.
+            alone, so that it does not matter who draws (but for rounding, where sums are shared by
+            other numbers of threads).
         steps: in all.
         workers: processes that draw; 0 for the thread, which also draws where processes cannot be
             forked.
@@ -210,8 +211,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(parameters, schedule.clip)
-        _check_finite("loss", loss, step, schedule)
-        _check_finite("norm of the gradient", norm, step, schedule)
+        check_finite("loss", loss, step, schedule)
+        check_finite("norm of the gradient", norm, step, schedule)
         optimizer.step()
         if step % 20 == 0:
             average = loss.item() if average is None else 0.8 * average + 0.2 * loss.item()
@@ -220,10 +221,11 @@ def train(
             _save(checkpoint, modules, optimizer, told, step + 1)
 
 
-def _check_finite(name: str, value: Tensor, step: int, schedule: Schedule) -> None:
-    if not value.isfinite():
+def check_finite(name: str, value: Tensor, step: int, schedule: Schedule) -> None:
+    """Raise TrainingError unless a number of a step, such as its loss, is finite."""
+    if not math.isfinite(number := float(value)):
         raise TrainingError(
-            f"the {name} of step {step} is {value.item()}, at a learning rate of "
+            f"the {name} of step {step} is {number}, at a learning rate of "
             f"{schedule.rate(step):.2g}: expected a finite one. Lower the learning rate, or look "
             "for images with values that are not finite."
         )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.data.restoration import RestorationSample
-from perceive_adapter.errors import BackboneError, ConfigError
+from perceive_adapter.errors import BackboneError
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import Perception
+from perceive_adapter.injection.probe import image_alone
 from perceive_adapter.losses import RestorationObjective
 from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.training.calling import restored_by
@@ -47,11 +48,8 @@ class RestorationStep(nn.Module):
         self.model, self.objective = model, objective
         self.mediums = Mediums(model, mediums)
         self.perceive = perceive or _perceive
-        if isinstance(model, PerceiveModel) and model.image_arg[0] != 0 and not model.image_arg[1]:
-            raise ConfigError(
-                "the backbone's image is neither its first argument nor known by name; wrap it "
-                "with the name, image_arg=..."
-            )
+        if isinstance(model, PerceiveModel):
+            image_alone(model.image_arg, torch.empty(0))
 
     def forward(self, samples: RestorationSample, *, measure: bool = False) -> dict[str, Tensor]:
         """Return the objective's total and terms, or, to ``measure``, the ``psnr`` (B,) in dB."""

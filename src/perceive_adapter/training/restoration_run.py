@@ -31,6 +31,7 @@ from perceive_adapter.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from perceive_adapter.training.loop import check_finite
 from perceive_adapter.training.restoration import RestorationStep
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class RestorationRun:
         optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=decay)
         optimizer.zero_grad(set_to_none=True)  # of what the caller did before
         # One flag for the whole process: a loop that stopped while it accumulated leaves it off.
-        accelerator.gradient_state._set_sync_gradients(True)
+        accelerator.sync_gradients = True
         self.step, self.optimizer = accelerator.prepare(step, optimizer)
         self.parameters: list[Tensor] = [p for p in self.step.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.parameters] if recipe.ema else []
@@ -205,12 +206,7 @@ class RestorationRun:
         if self.accelerator.scaler is None:
             found["norm of the gradient"] = self.norm
         for name, value in found.items():
-            if not math.isfinite(float(value)):
-                raise TrainingError(
-                    f"the {name} of step {step} is {float(value)}, at a learning rate of "
-                    f"{self.recipe.schedule.rate(step):.2g}: expected a finite one. Lower the "
-                    "learning rate, or look for images with values that are not finite."
-                )
+            check_finite(name, value, step, self.recipe.schedule)
 
     def finish(self) -> None:
         """Leave the averaged weights in the model, where they are kept."""

@@ -114,7 +114,8 @@ def train_restoration(
         accelerator: precision, devices and trackers; None for what the environment says.
         checkpoint: file to go on from, and to write to.
         every: optimizer steps between two checkpoints.
-        workers: processes that draw samples; 0 draws them in this one.
+        workers: processes that draw samples; 0 draws them in this one. A run that is to end with
+            the same bits goes on with as many as before.
         compile: run through ``torch.compile``.
         channels_last: keep images and the model's weights in that memory format.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-from warnings import warn
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.modes import keeping_modes
 from perceive_adapter.training.calling import restored_by
 from perceive_adapter.training.restoration import check_patch
+from perceive_adapter.warning import warn
 
 __all__ = ["find_treated"]
 
@@ -70,7 +70,7 @@ def find_treated(model: PerceiveModel, data: RestorationData, each: int = 32) ->
         left = task.error * (task.gain < _OWN)
         covered = strength(task.severity[:, treated], task.present[:, treated])
         if covered @ left < _COVERED * left.sum():
-            warn(_unseen(task, float(covered @ left / left.sum())), UnseenTaskWarning, 2)
+            warn(_unseen(task, float(covered @ left / left.sum())), UnseenTaskWarning)
             return ()
     return tuple(name for name, chosen in zip(names, treated.tolist(), strict=True) if chosen)
 

@@ -22,10 +22,12 @@ class Degradation(Protocol):
 def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw from [0, 1) on the generator's device, for the device and dtype of ``like``."""
     device = like.device if generator is None else generator.device
-    return torch.rand(tuple(shape), generator=generator, device=device).to(like)
+    drawn = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+    return drawn.to(like)
 
 
 def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw from N(0, 1) on the generator's device, for the device and dtype of ``like``."""
     device = like.device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=device).to(like)
+    drawn = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+    return drawn.to(like)
