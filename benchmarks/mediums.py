@@ -17,7 +17,8 @@ from pathlib import Path
 from environment import describe
 
 from perceive_adapter import QualityPerceiver
-from perceive_adapter.data.samples import CropSampler, find_images, load_photos
+from perceive_adapter.data.photos import find_images, load_photos
+from perceive_adapter.data.samples import CropSampler
 from perceive_adapter.data.triplets import Blend, Medium, Milder, Restored
 from perceive_adapter.perceiver.audit import audit
 from perceive_adapter.training.restorers import train_restorers

@@ -41,7 +41,8 @@ from denoiser import load_denoiser
 
 from perceive_adapter import AdapterConfig, PerceiveModel, Perception, QualityPerceiver, wrap
 from perceive_adapter.data import FAMILIES, FAMILY_OF, degrade
-from perceive_adapter.data.samples import CropSampler, as_file, find_images, load_photos
+from perceive_adapter.data.photos import find_images, load_photos
+from perceive_adapter.data.samples import CropSampler, as_file
 from perceive_adapter.losses import DegradationContrastiveLoss
 
 NAMES = ("gaussian_noise", "rain", "haze", "low_light")

@@ -16,8 +16,9 @@ from spandrel import ModelLoader
 
 from perceive_adapter import wrap
 from perceive_adapter.data.pairs import find_photos
+from perceive_adapter.data.photos import load_photos
 from perceive_adapter.data.restoration import CleanPhotos, RestorationData
-from perceive_adapter.data.samples import CropSampler, load_photos
+from perceive_adapter.data.samples import CropSampler
 from perceive_adapter.training.stage2 import ADAPTER, train_restoration
 from perceive_adapter.training.treated import find_treated
 

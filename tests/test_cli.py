@@ -35,7 +35,7 @@ from perceive_adapter.cli.options import device, integer, rate, read_path, with_
 from perceive_adapter.data import FAMILIES, KINDS
 from perceive_adapter.data.contents import content_digest
 from perceive_adapter.data.pairs import Pair, read_pair
-from perceive_adapter.data.samples import load_photos
+from perceive_adapter.data.photos import load_photos
 from perceive_adapter.perceiver.towers import build_clip
 from perceive_adapter.training.aside import set_aside
 from perceive_adapter.training.pretrain import TinyTowers, as_perceiver

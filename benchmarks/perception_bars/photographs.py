@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perceive_adapter import QualityPerceiver
 from perceive_adapter.data.pairs import find_pairs, read_pair
-from perceive_adapter.data.samples import find_images, load_photos
+from perceive_adapter.data.photos import find_images, load_photos
 
 T = TypeVar("T")
 

@@ -10,7 +10,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from perceive_adapter.data import FAMILIES, FAMILY_OF, mix
 from perceive_adapter.data.pairs import find_pairs, read_pair
-from perceive_adapter.data.samples import as_file, find_images, load_photos
+from perceive_adapter.data.photos import find_images, load_photos
+from perceive_adapter.data.samples import as_file
 
 TASKS = ("gaussian_noise", "rain", "haze", "low_light")
 MIXTURES = ("gaussian_noise+rain", "haze+low_light", "jpeg+rain", "jpeg+haze")

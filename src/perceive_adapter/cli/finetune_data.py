@@ -185,7 +185,7 @@ def _spread(items: Sequence[T], most: int) -> Sequence[T]:
 
 
 def _read(paths: Sequence[Path], skip: bool, skipped: list[str]) -> list[Tensor]:
-    from perceive_adapter.data.samples import load_photos
+    from perceive_adapter.data.photos import load_photos
 
     photos = []
     for path in paths:
@@ -199,7 +199,7 @@ def _read(paths: Sequence[Path], skip: bool, skipped: list[str]) -> list[Tensor]
 def _is_measurable(item: Pair | Path, skip: bool, skipped: list[str]) -> bool:
     """Whether a pair, or a photograph and what it is degraded to, can be read and compared."""
     from perceive_adapter.data.pairs import read_pair
-    from perceive_adapter.data.samples import load_photos
+    from perceive_adapter.data.photos import load_photos
     from perceive_adapter.evaluation.measure import check_measurable
 
     try:

@@ -109,7 +109,7 @@ def check_outputs(option: str, folder: Path, paths: Sequence[Path]) -> None:
 
 def find_inputs(paths: Sequence[Path], outputs: Path | None, report: Report) -> list[Found]:
     """Search the folders among the paths, but for one of outputs that lies in them."""
-    from perceive_adapter.data.samples import IMAGE_SUFFIXES, images_below
+    from perceive_adapter.data.photos import IMAGE_SUFFIXES, images_below
     from perceive_adapter.data.walking import unlisted
 
     files = []

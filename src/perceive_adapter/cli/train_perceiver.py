@@ -141,7 +141,8 @@ def _add_schedule(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     """Train, audit and save a perceiver."""
     from perceive_adapter.data.pairs import find_photos
-    from perceive_adapter.data.samples import CropSampler, load_photos
+    from perceive_adapter.data.photos import load_photos
+    from perceive_adapter.data.samples import CropSampler
     from perceive_adapter.training.runs import audit_elsewhere, claim_folder, split_photos
     from perceive_adapter.training.stage1 import train_perceiver
 

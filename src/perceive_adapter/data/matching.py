@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from perceive_adapter.data.samples import IMAGE_SUFFIXES, images_below
+from perceive_adapter.data.photos import IMAGE_SUFFIXES, images_below
 from perceive_adapter.data.shards import Member, shard_members
 from perceive_adapter.errors import ImageError
 

@@ -23,7 +23,7 @@ from perceive_adapter.data.matching import (
     match_folders,
     match_shard,
 )
-from perceive_adapter.data.samples import find_images
+from perceive_adapter.data.photos import find_images
 from perceive_adapter.data.shards import Member, shard_group, shards_below
 from perceive_adapter.data.sides import images_outside, lone_sides
 from perceive_adapter.data.walking import unlisted, walk

@@ -9,7 +9,7 @@ from typing import Final
 
 from perceive_adapter.data.heads import image_size
 from perceive_adapter.data.matching import DEGRADED_FOLDERS
-from perceive_adapter.data.samples import images_below
+from perceive_adapter.data.photos import images_below
 from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ImageError
 

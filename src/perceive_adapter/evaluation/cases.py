@@ -14,7 +14,8 @@ from torch import Tensor
 from perceive_adapter.data.degradations import mix
 from perceive_adapter.data.matching import File, name_below
 from perceive_adapter.data.pairs import Pair, read_pair
-from perceive_adapter.data.samples import as_file, load_photos
+from perceive_adapter.data.photos import load_photos
+from perceive_adapter.data.samples import as_file
 
 __all__ = ["SEVERITIES", "Case", "degraded_cases", "noise_cases", "pair_cases"]
 

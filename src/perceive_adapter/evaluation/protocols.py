@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from perceive_adapter.data.degradations import DEGRADATIONS
 from perceive_adapter.data.pairs import Pair, find_pairs, holds_pairs
-from perceive_adapter.data.samples import find_images, images_below
+from perceive_adapter.data.photos import find_images, images_below
 from perceive_adapter.data.walking import walk
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.evaluation.cases import Case, degraded_cases, noise_cases, pair_cases
