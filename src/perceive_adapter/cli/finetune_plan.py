@@ -112,5 +112,5 @@ def options_of(
         "recipe": asdict(recipe),
         "files": found.digest,
         "backbone": fingerprint(model.backbone),
-        "perceiver": model.perceiver.fingerprint() if model.perceiver is not None else None,
+        "perceiver": model.perceiver_fingerprint,
     }

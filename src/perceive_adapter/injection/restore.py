@@ -131,8 +131,8 @@ def _steered(
     if not model.injector.enabled:
         return nullcontext()
     if perception is None:
-        whole = _network_input(model, image).mean(dim=0, keepdim=True)
-        perception = model.perceive(whole)
+        given = _network_input(model, image)
+        perception = model.perceive(given if len(given) == 1 else given.mean(0, keepdim=True))
     return model.fold(perception)
 
 

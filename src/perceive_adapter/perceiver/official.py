@@ -151,5 +151,5 @@ def _check_end(tensors: Mapping[str, Tensor], where: str) -> None:
         raise CheckpointError(
             f"{where}: tokenized_prompts ends its texts at the indices {ends}: expected {expected} "
             "for each tier, right after the context. Prompts with more words are not supported; "
-            "give the released checkpoint, or train with tier_loss."
+            "give the released checkpoint, or train with `perceive-adapter train-perceiver`."
         )

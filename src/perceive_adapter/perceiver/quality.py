@@ -445,6 +445,7 @@ class QualityPerceiver(nn.Module):
         if not self.trained:
             warn(
                 "this perceiver's prompts were never trained, so its scores mean nothing yet. "
-                "Train them with tier_loss, or load a trained perceiver with from_pretrained.",
+                "Train them with `perceive-adapter train-perceiver`, or with tier_loss in your own "
+                "loop, or load a trained perceiver with from_pretrained.",
                 UntrainedPerceiverWarning,
             )
