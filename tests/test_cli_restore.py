@@ -295,8 +295,9 @@ def test_an_image_that_the_network_fails_on(
     assert restore("a440.png", "a450.png", "small.png", "--out", "out", "--json") == 1
     printed = capsys.readouterr()
     assert [record["file"] for record in json.loads(printed.out)] == ["small.png"]
-    assert "skipped a440.png: of its 440 x 100 pixels the network made RuntimeError" in printed.err
-    assert "skipped a450.png: of its 450 x 100 pixels the network made BackboneE" in printed.err
+    for width, kind in ((440, "RuntimeError: no such size"), (450, "BackboneError: the network")):
+        told = f"{width} x 100 pixels made the network raise {kind}"
+        assert f"skipped a{width}.png: {told}" in printed.err
     assert "Traceback" not in printed.err
 
 

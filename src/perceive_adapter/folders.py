@@ -125,10 +125,7 @@ def is_own_card(file: Path) -> bool:
 def _sealed(card: str) -> bytes:
     """Add a comment with the digest of the card, by which it is told when somebody edits it."""
     text = card.encode(errors="backslashreplace").rstrip() + b"\n"
-    digest = _digest(text).decode()
-    return (
-        text + f"\n<!-- written by perceive_adapter, and not edited since: {digest} -->\n".encode()
-    )
+    return text + _SEAL_OF % _digest(text)
 
 
 def _without_seal(data: bytes) -> tuple[bytes, bytes | None]:

@@ -121,14 +121,12 @@ def _restore(
     except ImageError:
         raise
     except Exception as error:  # whatever a network raises for an image that it was not made for
-        size = f"{image.width} x {image.height} pixels"
-        report.complain(
-            f"skipped {shown(file)}: {size} do not fit into memory at once. Give --tile, such as "
-            "--tile 512, or a smaller one."
+        reason = (
+            "do not fit into memory at once. Give --tile, such as --tile 512, or a smaller one."
             if is_out_of_memory(error)
-            else f"skipped {shown(file)}: of its {size} the network made {type(error).__name__}: "
-            f"{error}"
+            else f"made the network raise {type(error).__name__}: {error}"
         )
+        report.complain(f"skipped {shown(file)}: {image.width} x {image.height} pixels {reason}")
         return None
     try:
         _write(restored, target, image.info.get("icc_profile"))
