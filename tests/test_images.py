@@ -13,7 +13,7 @@ import tifffile
 import torch
 from PIL import Image, features
 
-from perceive_adapter.data.heads import image_size
+from perceive_adapter.data.file_headers import image_size
 from perceive_adapter.data.images import open_image, read_image
 from perceive_adapter.errors import ImageError
 

@@ -160,7 +160,7 @@ def test_what_is_perceived_may_be_given(model: PerceiveModel) -> None:
     assert not torch.equal(model.restore(batch), each)
     shared = model.restore(batch, perception=seen[0])
     assert torch.equal(shared[0], each[0])
-    with pytest.raises(PerceptionError, match="of 2 images was given for 1"):
+    with pytest.raises(PerceptionError, match="is of 2 images and the batch has 1"):
         model.restore(batch[:1], perception=seen)
 
 

@@ -79,7 +79,7 @@ class Report:
     @contextmanager
     def skipping(self, file: Path) -> Iterator[None]:
         """Go on after an image that is none, or none that can be worked on."""
-        from perceive_adapter.data.heads import TooLargeError
+        from perceive_adapter.data.file_headers import TooLargeError
 
         try:
             yield

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perceive_adapter.data.heads import UNREADABLE, is_cut_to_8_bits, orientation, too_large
+from perceive_adapter.data.file_headers import UNREADABLE, is_cut_to_8_bits, orientation, too_large
 from perceive_adapter.errors import ImageError
 
 if TYPE_CHECKING:

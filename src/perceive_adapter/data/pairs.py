@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from torch import Tensor
 
-from perceive_adapter.data.heads import image_size
+from perceive_adapter.data.file_headers import image_size
 from perceive_adapter.data.images import open_image, read_image
 from perceive_adapter.data.matching import (
     DEGRADED_FOLDERS,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from perceive_adapter.data.heads import image_size
+from perceive_adapter.data.file_headers import image_size
 from perceive_adapter.data.matching import DEGRADED_FOLDERS
 from perceive_adapter.data.photos import images_below
 from perceive_adapter.data.walking import walk

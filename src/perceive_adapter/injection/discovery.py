@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import BackboneError, SiteError
 from perceive_adapter.injection.budget import fit_budget
+from perceive_adapter.injection.eval_only import find_eval_only
 from perceive_adapter.injection.globs import matching
 from perceive_adapter.injection.injector import check_backbone
 from perceive_adapter.injection.layouts import Traces, layer_layout, level_feature
 from perceive_adapter.injection.levels import choose_levels
-from perceive_adapter.injection.modes import find_eval_only
 from perceive_adapter.injection.plan import Geometry, Site, SitePlan
 from perceive_adapter.injection.probe import (
     Example,

@@ -33,7 +33,13 @@ from perceive_adapter.injection.plan import SitePlan
 from perceive_adapter.injection.probe import check_image
 from perceive_adapter.injection.restore import Image, find_multiple, restore_image
 from perceive_adapter.injection.status import AdapterStatus
-from perceive_adapter.injection.steering import Steering, check_sources, widths
+from perceive_adapter.injection.steering import (
+    Steering,
+    check_sources,
+    see,
+    widths,
+    with_compact,
+)
 
 __all__ = ["PerceiveModel"]
 
@@ -184,22 +190,7 @@ class PerceiveModel(nn.Module):
             ImageError: the image is no floating-point (B, C, H, W) tensor on the model's device.
         """
         unit = self.value_range.to_unit(self._checked(image))
-        return _completed(self._seen(unit), self.injector, unit)
-
-    def _seen(self, unit: Tensor) -> dict[str, Tensor]:
-        """What all adapters share of a perception."""
-        fields: dict[str, Tensor] = {}
-        if self.perceiver is not None or self.semantic is not None:
-            rgb = _as_rgb(unit)
-            with torch.no_grad():
-                if self.perceiver is not None:
-                    seen = self.perceiver(rgb)
-                    for name in ("tiers", "degradations", "severity", "embedding"):
-                        if getattr(seen, name).shape[1]:  # a perceiver may tell no degradations
-                            fields[name] = getattr(seen, name)
-                if self.semantic is not None:
-                    fields["semantic"] = self.semantic(rgb)
-        return fields
+        return with_compact(see(self.perceiver, self.semantic, unit), self.injector, unit)
 
     def restore(
         self,
@@ -697,12 +688,7 @@ class PerceiveModel(nn.Module):
                     "steers this adapter; give perception=Perception(...)"
                 )
             return seen
-        check_perception(perception)
-        if perception.batch not in (1, image.shape[0]):
-            raise PerceptionError(
-                f"the perception is of {perception.batch} images and the batch has "
-                f"{image.shape[0]}; give one for each, or one for all"
-            )
+        check_perception(perception, image.shape[0])
         return perception
 
     def _conditions(
@@ -713,13 +699,13 @@ class PerceiveModel(nn.Module):
         if perception is None and any(name is not None for name in names):
             # A copy, for the sake of networks that write to their input, as above.
             unit = self.value_range.to_unit(image.clone() if torch.is_grad_enabled() else image)
-            shared = self._seen(unit)
+            shared = see(self.perceiver, self.semantic, unit)
         conditions = {}
         for name in self.adapters:
             if name not in names:
                 continue
             injector = self.adapters.named(name)
-            seen = _completed(shared, injector, unit) if perception is None else perception
+            seen = with_compact(shared, injector, unit) if perception is None else perception
             conditions[name] = injector.encoder(self._perception(seen, image))
         return conditions
 
@@ -730,20 +716,3 @@ class PerceiveModel(nn.Module):
             and not torch.is_grad_enabled()
             and image[:, 0].numel() >= FOLD_FROM
         )
-
-
-def _completed(shared: dict[str, Tensor], injector: PromptInjector, unit: Tensor) -> Perception:
-    """Add an adapter's own compact features of images in [0, 1]."""
-    own = {} if injector.encoder.compact is None else injector.perceive(unit).known()
-    return Perception(**shared, **own)
-
-
-def _as_rgb(image: Tensor) -> Tensor:
-    if image.shape[1] == 1:
-        return image.expand(-1, 3, -1, -1)
-    if image.shape[1] == 3:
-        return image
-    raise PerceptionError(
-        f"a perceiver sees RGB or gray images, and this backbone takes {image.shape[1]} channels; "
-        "wrap it with perceiver=False"
-    )

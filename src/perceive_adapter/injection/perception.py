@@ -106,16 +106,21 @@ class Perception:
 register_pytree(Perception)
 
 
-def check_perception(given: object) -> None:
-    """Raise unless what was given as a perception is one.
+def check_perception(given: object, batch: int | None = None) -> None:
+    """Raise unless what was given as a perception is one, of so many images, or of one for all.
 
     Raises:
-        PerceptionError: it is something else.
+        PerceptionError: it is something else, or of another number of images.
     """
     if not isinstance(given, Perception):
         raise PerceptionError(
             f"perception= got a {type(given).__name__}; expected a Perception, as "
             "model.perceive(image) gives, or Perception(severity=...) with what is known elsewhere"
+        )
+    if batch is not None and given.batch not in (1, batch):
+        raise PerceptionError(
+            f"the perception is of {given.batch} images and the batch has {batch}; give one for "
+            "each, or one for all"
         )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceive_adapter.data.images import Image, read_image
-from perceive_adapter.errors import BackboneError, ConfigError, ImageError, PerceptionError
+from perceive_adapter.errors import BackboneError, ConfigError, ImageError
 from perceive_adapter.injection.perception import Perception, check_perception
 from perceive_adapter.injection.probe import image_alone, image_in, weight_like_images
 from perceive_adapter.injection.tiling import Grid, weights
@@ -93,12 +93,7 @@ def _of_each(perception: Perception | None, count: int) -> list[Perception | Non
     """Return the perception of each of ``count`` images, None where it was not given."""
     if perception is None:
         return [None] * count
-    check_perception(perception)
-    if perception.batch not in (1, count):
-        raise PerceptionError(
-            f"a perception of {perception.batch} images was given for {count}; expected one of "
-            "each, or of one image that stands for all"
-        )
+    check_perception(perception, count)
     return [perception[index % perception.batch] for index in range(count)]
 
 

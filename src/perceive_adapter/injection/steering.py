@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from perceive_adapter.errors import ConfigError
+import torch
+from torch import Tensor
+
+from perceive_adapter.errors import ConfigError, PerceptionError
 from perceive_adapter.injection.checkpoint import fingerprint
+from perceive_adapter.injection.injector import PromptInjector
+from perceive_adapter.injection.perception import Perception
 from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.perceiver.quality import QualityPerceiver
 
-__all__ = ["Steering", "check_sources", "widths"]
+__all__ = ["Steering", "check_sources", "see", "widths", "with_compact"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +70,50 @@ def check_sources(sources: Mapping[str, int], told: Mapping[str, int]) -> None:
                 f"AdapterConfig(sources=...) says that {name} has width {width}, and what perceives"
                 f" here tells {told[name]}: expected that, or no sources, which are found then"
             )
+
+
+def see(
+    perceiver: QualityPerceiver | None, semantic: SemanticGuidance | None, unit: Tensor
+) -> dict[str, Tensor]:
+    """Return what all adapters share of a perception, without gradients.
+
+    Args:
+        perceiver: or None.
+        semantic: or None.
+        unit: images (B, C, H, W) in [0, 1].
+
+    Raises:
+        PerceptionError: they are neither RGB nor gray.
+    """
+    fields: dict[str, Tensor] = {}
+    if perceiver is None and semantic is None:
+        return fields
+    rgb = _as_rgb(unit)
+    with torch.no_grad():
+        if perceiver is not None:
+            seen = perceiver(rgb)
+            for name in ("tiers", "degradations", "severity", "embedding"):
+                if getattr(seen, name).shape[1]:  # a perceiver may tell no degradations
+                    fields[name] = getattr(seen, name)
+        if semantic is not None:
+            fields["semantic"] = semantic(rgb)
+    return fields
+
+
+def with_compact(
+    shared: Mapping[str, Tensor], injector: PromptInjector, unit: Tensor
+) -> Perception:
+    """Add an adapter's own compact features of images in [0, 1], with gradient."""
+    own = {} if injector.encoder.compact is None else injector.perceive(unit).known()
+    return Perception(**shared, **own)
+
+
+def _as_rgb(image: Tensor) -> Tensor:
+    if image.shape[1] == 1:
+        return image.expand(-1, 3, -1, -1)
+    if image.shape[1] == 3:
+        return image
+    raise PerceptionError(
+        f"a perceiver sees RGB or gray images, and this backbone takes {image.shape[1]} channels; "
+        "wrap it with perceiver=False"
+    )

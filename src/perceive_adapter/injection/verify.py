@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.errors import BackboneError, SiteError
+from perceive_adapter.injection.eval_only import training_mode
 from perceive_adapter.injection.folding import hidden_weights
 from perceive_adapter.injection.injector import PromptInjector
-from perceive_adapter.injection.modes import training_mode
 from perceive_adapter.injection.plan import Site, SitePlan
 from perceive_adapter.injection.probe import Example, image_in
 

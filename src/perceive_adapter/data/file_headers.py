@@ -1,4 +1,4 @@
-"""What the head of an image file tells, without a look at its pixels."""
+"""What the header of an image file tells, without a look at its pixels."""
 
 from __future__ import annotations
 
