@@ -81,23 +81,26 @@ def _store(values, ptr, rows, row_count, row_stride, columns, column_count, colu
 
 
 @triton.jit
-def _load_grad(grad_ptr, c, n, channels, positions, grad_c, grad_n, LAST: tl.constexpr):
-    """(C, N), or with LAST (N, C), as it lies in memory."""
-    if LAST:
-        grad = _load(grad_ptr, n, positions, grad_n, c, channels, grad_c)
+def _load_turned(
+    ptr, rows, row_count, row_stride, columns, column_count, column_stride, TURNED: tl.constexpr
+):  # fmt: skip
+    """(rows, columns), or turned (columns, rows), as they may lie in memory."""
+    if TURNED:
+        values = _load(ptr, columns, column_count, column_stride, rows, row_count, row_stride)
     else:
-        grad = _load(grad_ptr, c, channels, grad_c, n, positions, grad_n)
-    return grad
+        values = _load(ptr, rows, row_count, row_stride, columns, column_count, column_stride)
+    return values
 
 
 @triton.jit
-def _load_up(up_ptr, c, r, channels, rank, up_c, up_r, LAST: tl.constexpr):
-    """(R, C), or with LAST (C, R)."""
-    if LAST:
-        up = _load(up_ptr, c, channels, up_c, r, rank, up_r)
+def _store_turned(
+    values, ptr, rows, row_count, row_stride, columns, column_count, column_stride,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    if TURNED:
+        _store(values, ptr, columns, column_count, column_stride, rows, row_count, row_stride)
     else:
-        up = _load(up_ptr, r, rank, up_r, c, channels, up_c)
-    return up
+        _store(values, ptr, rows, row_count, row_stride, columns, column_count, column_stride)
 
 
 @triton.jit
@@ -134,16 +137,6 @@ def _gated(of_low, gate, LAST: tl.constexpr):
 
 
 @triton.jit
-def _store_low(
-    of_low, of_low_ptr, n, r, positions, rank, of_low_r, of_low_n, LAST: tl.constexpr
-):  # fmt: skip
-    if LAST:
-        _store(of_low, of_low_ptr, n, positions, of_low_n, r, rank, of_low_r)
-    else:
-        _store(of_low, of_low_ptr, r, rank, of_low_r, n, positions, of_low_n)
-
-
-@triton.jit
 def _store_up(
     of_up, up_ptr, gate, sums_ptr, gate_sums_ptr, c, r, channels, rank, up_c, up_r,
     GATED: tl.constexpr,
@@ -170,19 +163,20 @@ def _backward(
     up_ptr += row * up_b
     c, r = tl.arange(0, BLOCK_C).to(tl.int64), tl.arange(0, BLOCK_R).to(tl.int64)
     gate = _load_gate(gate_ptr, row, r, rank, gate_b, gate_r, GATED)
-    up = _load_up(up_ptr, c, r, channels, rank, up_c, up_r, LAST)
+    up = _load_turned(up_ptr, r, rank, up_r, c, channels, up_c, LAST)
     up = up.to(tl.float32 if WIDE else grad_ptr.dtype.element_ty)
     of_up = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
     for tile in tl.range(part, tl.cdiv(positions, BLOCK_N), parts, num_stages=AHEAD):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        grad = _load_grad(grad_ptr + row * grad_b, c, n, channels, positions, grad_c, grad_n, LAST)
+        grads = grad_ptr + row * grad_b
+        grad = _load_turned(grads, c, channels, grad_c, n, positions, grad_n, LAST)
         low = _load(low_ptr + row * low_b, n, positions, low_n, r, rank, low_r)
         if WIDE:
             grad, low = grad.to(tl.float32), low.to(tl.float32)
         of_up += _product_for_up(grad, low, LAST)
         of_low = _gated(_product_for_low(up, grad, LAST), gate, LAST)
         to = of_low_ptr + row * of_low_b
-        _store_low(of_low, to, n, r, positions, rank, of_low_r, of_low_n, LAST)
+        _store_turned(of_low, to, r, rank, of_low_r, n, positions, of_low_n, LAST)
     place = (part * batch + row) * rank
     _store_up(
         of_up, up_ptr, gate, sums_ptr + place * channels, gate_sums_ptr + place,
@@ -217,7 +211,7 @@ def _backward_apart(
         of_up = tl.zeros([UP_C, BLOCK_R], dtype=tl.float32)
         for tile in tl.range(part, tl.cdiv(positions, UP_N), parts, num_stages=AHEAD):
             n = tile * UP_N + tl.arange(0, UP_N).to(tl.int64)
-            grad = _load_grad(grads, c, n, channels, positions, grad_c, grad_n, LAST)
+            grad = _load_turned(grads, c, channels, grad_c, n, positions, grad_n, LAST)
             low = _load(low_ptr + row * low_b, n, positions, low_n, r, rank, low_r)
             if WIDE:
                 grad, low = grad.to(tl.float32), low.to(tl.float32)
@@ -236,14 +230,14 @@ def _backward_apart(
         of_low = tl.zeros([BLOCK_N, BLOCK_R] if LAST else [BLOCK_R, BLOCK_N], dtype=tl.float32)
         for start in tl.range(0, channels, BLOCK_C, num_stages=AHEAD):
             c = start + tl.arange(0, BLOCK_C).to(tl.int64)
-            grad = _load_grad(grads, c, n, channels, positions, grad_c, grad_n, LAST)
-            up = _load_up(ups, c, r, channels, rank, up_c, up_r, LAST)
+            grad = _load_turned(grads, c, channels, grad_c, n, positions, grad_n, LAST)
+            up = _load_turned(ups, r, rank, up_r, c, channels, up_c, LAST)
             if WIDE:
                 grad = grad.to(tl.float32)
             of_low += _product_for_low(up.to(grad.dtype), grad, LAST)
         to = of_low_ptr + row * of_low_b
         of_low = _gated(of_low, gate, LAST)
-        _store_low(of_low, to, n, r, positions, rank, of_low_r, of_low_n, LAST)
+        _store_turned(of_low, to, r, rank, of_low_r, n, positions, of_low_n, LAST)
 
 
 def _block(size: int, largest: int) -> int:
