@@ -223,7 +223,7 @@ def train(
 
 def check_finite(name: str, value: Tensor, step: int, schedule: Schedule) -> None:
     """Raise TrainingError unless a number of a step, such as its loss, is finite."""
-    if not math.isfinite(number := float(value)):
+    if not math.isfinite(number := value.item()):
         raise TrainingError(
             f"the {name} of step {step} is {number}, at a learning rate of "
             f"{schedule.rate(step):.2g}: expected a finite one. Lower the learning rate, or look "
