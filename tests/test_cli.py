@@ -908,6 +908,13 @@ def test_paths_that_name_nothing_or_the_home_folder(
         assert "'' names nothing: expected a path" in capsys.readouterr().err
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read_path("~/run") == tmp_path / "run"
+    for option in (["--perceiver"], ["--config", "x.yaml", "--map"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["perceive", "a.png", *option, ""])
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    told = ["restore", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    assert main([*told, "--backbone", "~/net.pth"]) == 2
+    assert f"there is no checkpoint '{tmp_path}/net.pth'" in capsys.readouterr().err
 
 
 def test_a_report_is_no_part_of_what_is_measured(

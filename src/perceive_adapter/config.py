@@ -38,8 +38,9 @@ class AdapterConfig:
         condition_dim: width of the condition that the prompt modules see.
         attention_dim: inner width of cross-attention, shared by its heads.
         attention_heads: heads of cross-attention.
-        semantic: name of a timm image model whose class tokens tell what is in the image, or None.
-        semantic_weights: weight file for ``semantic``; None takes timm's pretrained weights.
+        semantic: name of a timm image model that tells what is in the image, or
+            ``"perceive-tiny"``, whose image tower does; None for none.
+        semantic_weights: ``.safetensors`` file for a timm model; None takes its pretrained weights.
         treats: columns of the perception's ``severity`` and ``degradations`` that the adapter is
             for: on an image in which none of them is perceived the backbone is left alone. None: it
             works on every image. See :meth:`~perceive_adapter.PerceiveModel.treat`, which takes

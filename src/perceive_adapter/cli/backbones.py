@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from perceive_adapter.cli.options import device, integer
+from perceive_adapter.cli.options import device, integer, name_or_path
 from perceive_adapter.errors import BackboneError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 BACKBONE_HELP: Final = (
-    "a checkpoint file (.pth, .pt, .safetensors) of an architecture that spandrel knows, or "
+    "a checkpoint file (.pth, .pt, .ckpt, .safetensors) of an architecture that spandrel knows, or "
     "MODULE:FUNCTION, which is imported from the current folder or the environment and called for "
     "the network with its weights"
 )
@@ -36,10 +36,17 @@ BACKBONE_HELP: Final = (
 def add_network(parser: ArgumentParser, *, without_adapter: str) -> None:
     """Declare ``--backbone`` and ``--adapter``, and say what stands in for an adapter."""
     add = parser.add_argument
-    add("--backbone", metavar="FILE_OR_CODE", required=True, help=BACKBONE_HELP)
+    add(
+        "--backbone",
+        metavar="FILE_OR_CODE",
+        type=name_or_path,
+        required=True,
+        help=BACKBONE_HELP,
+    )
     add(
         "--adapter",
         metavar="NAME_OR_FOLDER",
+        type=name_or_path,
         help=f"a saved adapter's folder, or user/repo of the Hub; without it {without_adapter}",
     )
 

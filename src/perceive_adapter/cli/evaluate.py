@@ -52,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--broken",
         choices=("raise", "skip"),
         default="raise",
-        help="what to do with files without a partner and files that are no images",
+        help="what to do with files without a partner, and images that are damaged or tiny",
     )
     add(
         "--out",

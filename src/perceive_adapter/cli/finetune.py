@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_side
 from perceive_adapter.cli.finetune_data import LARGEST, find_data
 from perceive_adapter.cli.finetune_plan import make_data, make_recipe, options_of
-from perceive_adapter.cli.options import between, integer, needs, rate, read_path
+from perceive_adapter.cli.options import between, integer, name_or_path, needs, rate, read_path
 from perceive_adapter.errors import ConfigError, UnseenTaskWarning
 
 if TYPE_CHECKING:
@@ -39,7 +39,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", type=read_path, help="YAML of these options; the line wins")
-    add("--backbone", metavar="FILE_OR_CODE", required=True, help=BACKBONE_HELP)
+    add(
+        "--backbone",
+        metavar="FILE_OR_CODE",
+        type=name_or_path,
+        required=True,
+        help=BACKBONE_HELP,
+    )
     add(
         "--data",
         metavar="DIR",
@@ -79,8 +85,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def _add_adapter(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("the adapter").add_argument
-    add("--adapter", metavar="DIR", help="a saved adapter to train further")
-    add("--perceiver", metavar="NAME_OR_FOLDER", help="what steers it (perceive-tiny)")
+    add(
+        "--adapter",
+        metavar="NAME_OR_FOLDER",
+        type=name_or_path,
+        help="a saved adapter, here or on the Hub, to train further",
+    )
+    add(
+        "--perceiver",
+        metavar="NAME_OR_FOLDER",
+        type=name_or_path,
+        help="what steers it (perceive-tiny)",
+    )
     add("--rank", type=integer(1, 512), metavar="N", help="of the branches (as the budget allows)")
     add(
         "--treat",
@@ -118,9 +134,11 @@ def _add_recipe(parser: ArgumentParser) -> None:
         "--mediums",
         nargs="+",
         metavar="WHAT",
+        type=name_or_path,
         default=[],
-        help="what half-restores images for the difficulty-adaptive loss, beside folders named "
-        "medium: checkpoints or code as for --backbone, and earlier, for the adapter's own past",
+        help="what half-restores images for the difficulty-adaptive loss, beside folders whose "
+        "names begin with medium: checkpoints or code as for --backbone, and earlier, for the "
+        "adapter's own past",
     )
     add("--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of all that is random")
 

@@ -16,6 +16,7 @@ __all__ = [
     "check_folder",
     "device",
     "integer",
+    "name_or_path",
     "needs",
     "rate",
     "read_path",
@@ -36,6 +37,16 @@ def read_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:  # the home of nobody
         raise ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def name_or_path(text: str) -> str:
+    """Read what may be a path and may be a name; ``~`` is the home folder, as for paths.
+
+    Example:
+        >>> name_or_path("user/repo")
+        'user/repo'
+    """
+    return str(read_path(text)) if not text or text.startswith("~") else text
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -131,6 +142,8 @@ def with_config(argv: Sequence[str], commands: Mapping[str, ArgumentParser]) -> 
         return list(argv)
     # A parser tells its options' kinds by no public name.
     actions = commands[line[0]]._option_string_actions
+    if "--config" not in actions:
+        return list(argv)
     options: dict[str, list[str]] = {}  # by what they set, so that a later file wins
     for file in files:
         for name, value in _read_yaml(file).items():

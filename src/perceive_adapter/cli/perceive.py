@@ -21,7 +21,7 @@ from perceive_adapter.cli.images import (
     row,
     shown,
 )
-from perceive_adapter.cli.options import device, read_path
+from perceive_adapter.cli.options import device, name_or_path, read_path
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--perceiver",
         metavar="NAME_OR_FOLDER",
+        type=name_or_path,
         default="perceive-tiny",
         help="perceive-tiny (default), a saved perceiver's folder, or user/repo of the Hub",
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perceive_adapter.cli.options import device, integer, rate, read_path
+from perceive_adapter.cli.options import device, integer, name_or_path, rate, read_path
 from perceive_adapter.cli.train_plan import Plan, facts_of, make_plan, options_of
 
 if TYPE_CHECKING:
@@ -58,12 +58,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--pretrained",
         metavar="TAG_OR_FILE",
+        type=name_or_path,
         default="openai",
         help="its weights: a tag of open_clip (default: openai) or a file; unused by perceive-tiny",
     )
     add(
         "--start-from",
         metavar="NAME_OR_DIR",
+        type=name_or_path,
         help="with --clip perceive-tiny, the perceiver whose towers are trained further: "
         "perceive-tiny itself, or what such a command saved, with --audit-data (default: towers "
         "from scratch)",

@@ -64,7 +64,8 @@ def plan_sites(
         The plan; ``print(plan)`` shows it as a table.
 
     Raises:
-        SiteError: nothing matches, or the layout of a named site is ambiguous.
+        SiteError: nothing matches, the layout of a named site is ambiguous, or the smallest adapter
+            is over the budget.
         BackboneError: the dry run fails, or gives no image.
         ConfigError: a bad configuration.
         ImageError: the example is no floating-point image.

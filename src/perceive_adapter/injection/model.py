@@ -54,8 +54,9 @@ class PerceiveModel(nn.Module):
     and the compact features, see :meth:`trainable_parameters`.
 
     Without gradients, and with one perception for the whole batch, the gated low-rank branches are
-    folded into the weights for the length of the forward pass; the parameters themselves are never
-    written to. Calls from several threads take turns.
+    folded into the weights for the length of the forward pass (by :meth:`restore` always, by a call
+    from 128 x 128 pixels on); the parameters themselves are never written to. Calls from several
+    threads take turns.
 
     Args:
         backbone: checked and planned by :func:`~.wrap`; frozen and hooked here.
@@ -222,7 +223,10 @@ class PerceiveModel(nn.Module):
             ImageError: the image is of another kind, is empty, or has NaN or infinite values.
             PerceptionError: the perception is of another number of images, or lacks what steers
                 the adapter.
-            ConfigError: a tile that is not larger than twice the overlap.
+            ConfigError: a tile that is not larger than twice the overlap, or a number of another
+                kind.
+            BackboneError: the network needs more than the image, or gives NaN or another size, or
+                the model was unwrapped.
         """
         return restore_image(
             self, image, perception, tile=tile, overlap=overlap, batch_size=batch_size

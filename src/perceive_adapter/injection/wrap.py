@@ -97,7 +97,8 @@ def wrap(
     Raises:
         BackboneError: the backbone cannot be run, is compiled, is wrapped already, or has an
             argument that the wrapped model takes for itself.
-        SiteError: no site matches.
+        SiteError: no site matches, the layout of a named one is ambiguous, or the smallest adapter
+            is over the budget.
         ConfigError: arguments that contradict each other.
         ImageError: the example is no floating-point image.
         CheckpointError: the saved adapter is missing, damaged, of another backbone, or steered by

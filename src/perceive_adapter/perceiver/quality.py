@@ -315,10 +315,11 @@ class QualityPerceiver(nn.Module):
             single precision or better.
 
         Raises:
-            ImageError: the image has another shape or dtype, is empty, or, where telling costs
-                nothing, is not finite.
+            ImageError: the image has another shape or dtype, is empty, or, on a CPU, has the values
+                of 8-bit images or is not finite.
 
         Warns:
+            ImageRangeWarning: on a CPU, where the image has the values of one in [-1, 1].
             UntrainedPerceiverWarning: once, where the prompts were never trained.
         """
         self._warn_if_untrained()
@@ -352,7 +353,7 @@ class QualityPerceiver(nn.Module):
         """Return ``logit_scale * cos(image, prompt)``, (B, K), for images (B, 3, H, W) in [0, 1].
 
         Raises:
-            ImageError: as for calling the perceiver, except that values are not checked.
+            ImageError: as for calling the perceiver, except that NaN is not looked for.
         """
         return self.tier_logits(self.embed(image))
 
@@ -364,7 +365,7 @@ class QualityPerceiver(nn.Module):
             tier: (B,), int64, index into :attr:`tiers`.
 
         Raises:
-            ImageError: the image has another shape or dtype.
+            ImageError: as for :meth:`logits`.
             LossInputError: ``tier`` does not have one index for each image, or, on a CPU, one that
                 names no tier.
         """
@@ -384,7 +385,7 @@ class QualityPerceiver(nn.Module):
         """Return the embedding (B, E), unit vectors, of images (B, 3, H, W), RGB in [0, 1].
 
         Raises:
-            ImageError: the image has another shape or dtype.
+            ImageError: as for :meth:`logits`.
         """
         check_image(image)
         if self.towers.takes_any_size:
