@@ -237,7 +237,9 @@ def test_what_is_not_a_checkpoint_folder(tmp_path: Path) -> None:
         load_folder(tmp_path, *NAMES)
 
 
-def test_resolve_without_a_hub(tmp_path: Path) -> None:
+def test_resolve_without_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # what lies around elsewhere is nobody's business
     assert resolve(tmp_path) == tmp_path
     assert resolve(str(tmp_path), revision="main") == tmp_path
     (tmp_path / "file").touch()
