@@ -908,9 +908,8 @@ def test_paths_that_name_nothing_or_the_home_folder(
         assert "'' names nothing: expected a path" in capsys.readouterr().err
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read_path("~/run") == tmp_path / "run"
-    for option in (["--perceiver"], ["--config", "x.yaml", "--map"]):
-        with pytest.raises(SystemExit, match="2"):
-            main(["perceive", "a.png", *option, ""])
+    with pytest.raises(SystemExit, match="2"):
+        main(["perceive", "a.png", "--perceiver", ""])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     told = ["restore", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
     assert main([*told, "--backbone", "~/net.pth"]) == 2
@@ -1347,6 +1346,13 @@ def test_the_file_of_options_may_be_joined_by_a_sign(
     assert "ratios of snow" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*told, f"--conf={file}"])
+
+
+def test_every_command_reads_options_from_a_file(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "options.yaml").write_text("json: true\nperceiver: perceive-tiny\n")
+    file = next(photos.glob("*.png"))
+    assert main(["perceive", str(file), "--config", str(tmp_path / "options.yaml")]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["file"] == str(file)
 
 
 @pytest.fixture

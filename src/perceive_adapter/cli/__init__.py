@@ -11,7 +11,7 @@ from typing import Protocol
 
 from perceive_adapter._version import __version__
 from perceive_adapter.cli import evaluate, finetune, inspect, perceive, restore, train_perceiver
-from perceive_adapter.cli.options import with_config
+from perceive_adapter.cli.options import read_path, with_config
 from perceive_adapter.errors import PerceiveError
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -77,5 +77,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             command.NAME, help=about, description=f"{about}.", allow_abbrev=False
         )
         command.add_arguments(added)
+        added.add_argument(
+            "--config", metavar="FILE", type=read_path, help="YAML of these options; the line wins"
+        )
         added.set_defaults(run=command.run)
     return parser, by_name

@@ -38,7 +38,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         "Exit code: 0 trained and saved; 2 nothing could be done."
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", type=read_path, help="YAML of these options; the line wins")
     add(
         "--backbone",
         metavar="FILE_OR_CODE",

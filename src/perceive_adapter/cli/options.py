@@ -142,8 +142,6 @@ def with_config(argv: Sequence[str], commands: Mapping[str, ArgumentParser]) -> 
         return list(argv)
     # A parser tells its options' kinds by no public name.
     actions = commands[line[0]]._option_string_actions
-    if "--config" not in actions:
-        return list(argv)
     options: dict[str, list[str]] = {}  # by what they set, so that a later file wins
     for file in files:
         for name, value in _read_yaml(file).items():
