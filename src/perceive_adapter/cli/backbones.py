@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
 
 __all__ = [
-    "BACKBONE_HELP",
+    "add_backbone",
     "add_network",
     "add_restoring",
     "load_network",
@@ -26,24 +26,28 @@ __all__ = [
     "side_by_side",
 ]
 
-BACKBONE_HELP: Final = (
+_BACKBONE_HELP: Final = (
     "a checkpoint file (.pth, .pt, .ckpt, .safetensors) of an architecture that spandrel knows, or "
     "MODULE:FUNCTION, which is imported from the current folder or the environment and called for "
     "the network with its weights"
 )
 
 
-def add_network(parser: ArgumentParser, *, without_adapter: str) -> None:
-    """Declare ``--backbone`` and ``--adapter``, and say what stands in for an adapter."""
-    add = parser.add_argument
-    add(
+def add_backbone(parser: ArgumentParser) -> None:
+    """Declare ``--backbone``."""
+    parser.add_argument(
         "--backbone",
         metavar="FILE_OR_CODE",
         type=name_or_path,
         required=True,
-        help=BACKBONE_HELP,
+        help=_BACKBONE_HELP,
     )
-    add(
+
+
+def add_network(parser: ArgumentParser, *, without_adapter: str) -> None:
+    """Declare ``--backbone`` and ``--adapter``, and say what stands in for an adapter."""
+    add_backbone(parser)
+    parser.add_argument(
         "--adapter",
         metavar="NAME_OR_FOLDER",
         type=name_or_path,
@@ -78,7 +82,7 @@ def load_network(told: str, option: str = "--backbone") -> nn.Module:
         return _from_checkpoint(Path(told))
     module, separator, function = told.partition(":")
     if not separator or not module or not function:
-        raise BackboneError(f"{option} {told}: expected {BACKBONE_HELP}.")
+        raise BackboneError(f"{option} {told}: expected {_BACKBONE_HELP}.")
     return _from_code(module, function, option)
 
 

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceive_adapter.cli.backbones import BACKBONE_HELP, load_network, side_by_side
+from perceive_adapter.cli.backbones import add_backbone, load_network, side_by_side
 from perceive_adapter.cli.finetune_data import LARGEST, find_data
 from perceive_adapter.cli.finetune_plan import make_data, make_recipe, options_of
 from perceive_adapter.cli.options import between, integer, name_or_path, needs, rate, read_path
@@ -38,13 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "Exit code: 0 trained and saved; 2 nothing could be done."
     )
     add = parser.add_argument
-    add(
-        "--backbone",
-        metavar="FILE_OR_CODE",
-        type=name_or_path,
-        required=True,
-        help=BACKBONE_HELP,
-    )
+    add_backbone(parser)
     add(
         "--data",
         metavar="DIR",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from perceive_adapter.cli.options import check_folder
+from perceive_adapter.cli.options import check_folder, read_path
 from perceive_adapter.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "PERCEIVED",
     "Found",
     "Report",
+    "add_paths",
     "as_rgb",
     "as_seen",
     "check_outputs",
@@ -93,6 +95,17 @@ class Report:
         if self._records is not None:
             print(json.dumps(self._records, indent=2, allow_nan=False))
         return int(self._failed) if self._count else 2
+
+
+def add_paths(parser: ArgumentParser) -> None:
+    """Declare the images and folders that a command takes."""
+    parser.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        type=read_path,
+        help="image, or folder to search for images",
+    )
 
 
 def check_outputs(option: str, folder: Path, paths: Sequence[Path]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from perceive_adapter.cli.images import (
     PERCEIVED,
     Report,
+    add_paths,
     as_rgb,
     as_seen,
     check_outputs,
@@ -43,13 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "written, the others were perceived; 2 nothing could be done."
     )
     add = parser.add_argument
-    add(
-        "paths",
-        metavar="PATH",
-        nargs="+",
-        type=read_path,
-        help="image, or folder to search for images",
-    )
+    add_paths(parser)
     add(
         "--perceiver",
         metavar="NAME_OR_FOLDER",

@@ -15,6 +15,7 @@ from perceive_adapter.cli.images import (
     PERCEIVED,
     Found,
     Report,
+    add_paths,
     as_rgb,
     check_outputs,
     column,
@@ -43,13 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "the others were restored; 2 nothing could be done."
     )
     add = parser.add_argument
-    add(
-        "paths",
-        metavar="PATH",
-        nargs="+",
-        type=read_path,
-        help="image, or folder to search for images",
-    )
+    add_paths(parser)
     add_network(parser, without_adapter="the backbone alone restores")
     add(
         "--out",
