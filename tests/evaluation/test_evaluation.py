@@ -22,7 +22,14 @@ from perceive_adapter.errors import ConfigError, ImageError
 from perceive_adapter.evaluation.cases import Case, degraded_cases, noise_cases
 from perceive_adapter.evaluation.measure import Measured, compare
 from perceive_adapter.evaluation.protocols import PROTOCOLS
-from perceive_adapter.evaluation.report import draw_bars, draw_grid, stamp, table, write_csv
+from perceive_adapter.evaluation.report import (
+    draw_bars,
+    draw_grid,
+    stamp,
+    table,
+    thumbnail,
+    write_csv,
+)
 
 PHOTO = skimage.data.astronaut()[100:164, 180:260]
 
@@ -326,6 +333,14 @@ def test_tables_give_means_of_groups_and_the_mean_of_those(tmp_path: Path) -> No
         "psnr": "24.0",
         "ssim": "0.24",
     }
+
+
+def test_of_a_large_image_as_much_is_kept_as_its_cell_shows() -> None:
+    image = torch.rand(3, 1280, 960)
+    kept = thumbnail(image)
+    assert kept.shape == (3, 640, 480)
+    torch.testing.assert_close(kept[:, 0, 0], image[:, :2, :2].mean((1, 2)))
+    assert torch.equal(thumbnail(kept), kept)
 
 
 def test_pictures_show_every_group(tmp_path: Path) -> None:

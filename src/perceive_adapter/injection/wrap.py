@@ -218,7 +218,7 @@ def _saved_steering(
     semantic_weights: str | os.PathLike[str] | None,
     options: HubOptions,
 ) -> Steering:
-    """Load what a saved adapter was trained with; whose weights, and that of its fingerprint."""
+    """Load the perceiver and the semantic model that a saved adapter was trained with."""
     found, name = _saved_perceiver(file, perceiver, options)
     semantic, semantic_print = _saved_semantic(file, semantic_weights)
     saved = file.record.perceiver
