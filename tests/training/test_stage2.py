@@ -21,6 +21,7 @@ from perceive_adapter.data import FAMILIES
 from perceive_adapter.data.restoration import CleanPhotos, RestorationData
 from perceive_adapter.data.samples import CropSampler
 from perceive_adapter.errors import BackboneError, CheckpointError, ConfigError, TrainingError
+from perceive_adapter.losses import DifficultyAdaptiveLoss, FilterPyramid, RestorationObjective
 from perceive_adapter.losses.difficulty import psnr
 from perceive_adapter.training.calling import restored_by
 from perceive_adapter.training.loop import Schedule
@@ -299,6 +300,23 @@ def test_a_run_keeps_the_precision_that_accelerate_chose(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(CheckpointError, match=r"precision='no': expected precision='bf16'"):
         train(model(), checkpoint=file, recipe=recipe(2), accelerator=Accelerator(cpu=True))
+
+
+def test_a_run_keeps_its_objective(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+
+    def objective(eps: float = 0.5, scales: int = 1) -> RestorationObjective:
+        loss = DifficultyAdaptiveLoss(FilterPyramid(scales), eps=eps)
+        return RestorationObjective(FULL, difficulty_adaptive=loss)
+
+    train(model(), objective=objective(), checkpoint=file, steps=2)
+    train(model(), objective=objective(), checkpoint=file, steps=2)  # the same one goes on
+    with pytest.raises(CheckpointError, match=r"eps=0\.5.*: expected .*eps=0\.25"):
+        train(model(), objective=objective(eps=0.25), checkpoint=file, steps=2)
+    with pytest.raises(CheckpointError, match=r"scales=1.*: expected .*scales=2"):
+        train(model(), objective=objective(scales=2), checkpoint=file, steps=2)
+    with pytest.raises(CheckpointError, match=r"objective\.weights\.contrastive=0\.1"):
+        train(model(), objective=RestorationObjective(L1), checkpoint=file, steps=2)
 
 
 class Poisoned(Recording):

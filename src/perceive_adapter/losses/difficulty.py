@@ -182,7 +182,8 @@ class DifficultyAdaptiveLoss(nn.Module):
         """Return the settings, for `repr`."""
         return (
             f"hard_weight={self.hard_weight}, easy_weight={self.easy_weight}, "
-            f"degraded_weight={self.degraded_weight}, eps={self.eps}"
+            f"degraded_weight={self.degraded_weight}, eps={self.eps}, "
+            f"min_distance={self.min_distance:.3g}"
         )
 
     def _checked(

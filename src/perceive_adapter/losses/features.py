@@ -77,6 +77,10 @@ class FilterPyramid(nn.Module):
             levels.append(F.conv2d(padded, filters, groups=3))
         return levels
 
+    def extra_repr(self) -> str:
+        """Return the settings, for `repr`."""
+        return f"scales={self.scales}, weights={self.weights}"
+
 
 class ModuleFeatures(nn.Module):
     """Any module as a frozen feature extractor.
@@ -144,6 +148,10 @@ class ModuleFeatures(nn.Module):
                 f"{len(self.weights)} weights: give weights=, one for each level"
             )
         return levels
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `repr`; the module itself may be long."""
+        return f"{type(self.body.module).__name__}, weights={self.weights}"
 
 
 def tiny_features() -> ModuleFeatures:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["RestorationRun", "in_channels_last"]
 
 _WEIGHTS: Final = ("model", "optimizer", "ema", "scaler")
-_STATE: Final = ("step", "recipe", "data", "precision", "frozen", *_WEIGHTS)
+_STATE: Final = ("step", "recipe", "objective", "data", "precision", "frozen", *_WEIGHTS)
 _LOG_EVERY: Final = 20
 _KEPT: Final = 0.8  # share of the progress bar's average that the past keeps
 _SEEDS: Final = 1_000_003
@@ -261,6 +261,8 @@ class RestorationRun:
         """What decides the weights, besides those that train and the content of pairs."""
         told: dict[str, Any] = {"recipe": asdict(self.recipe), "data": self.data.settings()}
         inner = self.accelerator.unwrap_model(self.step)
+        terms = {n: " ".join(repr(term).split()) for n, term in inner.objective.named_children()}
+        told["objective"] = {"weights": asdict(inner.objective.weights), **terms}
         frozen = {name for name, value in inner.named_parameters() if not value.requires_grad}
         others = [name for name in inner.state_dict() if name not in frozen]
         told["frozen"] = fingerprint(inner, leave_out=others)

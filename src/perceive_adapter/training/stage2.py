@@ -125,8 +125,9 @@ def train_restoration(
             perceiver.
         BackboneError: the wrapped network takes no RGB image, is an upscaler, or cannot run on
             patches of this size.
-        CheckpointError: the checkpoint is damaged, or of another run: another recipe, model,
-            frozen weights included, or data, of which all but the content of pairs is compared.
+        CheckpointError: the checkpoint is damaged, or of another run: another recipe, objective,
+            model, frozen weights included, or data, of which all but the content of pairs is
+            compared.
         TrainingError: loss or gradient are no longer finite; the last checkpoint is from before.
     """
     from accelerate import Accelerator
