@@ -113,7 +113,7 @@ class CleanPhotos:
         severities = dict(zip(names, drawn, strict=True))
         clean = self.photos.draw(1, side, generator)
         degraded = as_file(mix(clean, severities, generator))
-        known = torch.zeros(len(FAMILIES), dtype=torch.float32)
+        known = degraded.new_zeros(len(FAMILIES))
         for name, value in severities.items():
             column = FAMILIES.index(FAMILY_OF[name])
             known[column] = max(float(known[column]), value)
@@ -179,9 +179,9 @@ class PairFiles:
         if integer_below(2, generator):
             parts = parts.flip(3)
         crops = iter(parts.float().div(255))
-        missing = torch.full((3, side, side), torch.nan, dtype=torch.float32)
+        missing = torch.full_like(parts[0], torch.nan, dtype=torch.float32)
         degraded, target, *mediums = (missing if image is None else next(crops) for image in images)
-        unknown = torch.full((len(FAMILIES),), torch.nan, dtype=torch.float32)
+        unknown = missing.new_full((len(FAMILIES),), torch.nan)
         return Drawn(degraded, target, unknown, torch.stack(mediums) if mediums else None)
 
     def settings(self) -> dict[str, Any]:
@@ -295,7 +295,7 @@ class RestorationData(Dataset[RestorationSample]):
     def __getitem__(self, index: int) -> RestorationSample:
         """Draw the sample at ``index``."""
         # The golden ratio's multiples fill [0, 1) evenly: every batch has each task's share.
-        place = torch.tensor((index + 0.5) * _GOLDEN % 1, dtype=torch.float64)
+        place = (index + 0.5) * _GOLDEN % 1
         column = int(torch.searchsorted(self._bounds, place, right=True))
         return self.draw(min(column, len(self.tasks) - 1), self._generator(index))
 
@@ -306,14 +306,14 @@ class RestorationData(Dataset[RestorationSample]):
         top, left = (integer_below(self.context - self.patch + 1, generator) for _ in range(2))
         window = (..., slice(top, top + self.patch), slice(left, left + self.patch))
         shape = (self.mediums, 3, self.patch, self.patch)
-        mediums = torch.full(shape, torch.nan, dtype=torch.float32)
+        mediums = drawn.degraded.new_full(shape, torch.nan)
         if drawn.mediums is not None:
             mediums[: len(drawn.mediums)] = drawn.mediums[window]
         return RestorationSample(
             drawn.degraded,
             drawn.degraded[window],
             drawn.target[window],
-            torch.tensor(column),
+            torch.tensor(column, device="cpu"),
             drawn.severity,
             mediums,
         )
@@ -326,7 +326,8 @@ class RestorationData(Dataset[RestorationSample]):
 
     def probe(self, each: int) -> RestorationSample:
         """Return a fixed batch of ``each`` samples of every task that is drawn, task by task."""
-        drawn = [c for c, share in enumerate(self._bounds.diff(prepend=torch.zeros(1))) if share]
+        shares = self._bounds.diff(prepend=self._bounds.new_zeros(1))
+        drawn = [column for column, share in enumerate(shares) if share]
         samples = [
             self.draw(column, self._generator(-1 - index))
             for index, column in enumerate(column for column in drawn for _ in range(each))
@@ -348,4 +349,4 @@ def _shares(tasks: Sequence[str], ratios: Mapping[str, float]) -> Tensor:
             f"the ratios {dict(zip(tasks, values, strict=True))} cannot be drawn by: expected "
             "numbers of 0 or more, one of them above 0."
         )
-    return torch.tensor(values, dtype=torch.float64) / sum(values)
+    return torch.tensor(values, dtype=torch.float64, device="cpu") / sum(values)

@@ -32,7 +32,9 @@ __all__ = [
     "draw_severities",
     "fractions",
     "integer_below",
+    "integers",
     "mirrored_to",
+    "permutation",
     "with_surroundings",
 ]
 
@@ -144,7 +146,7 @@ def draw_severities(
     offset = integer_below(len(KINDS), generator)
     for index in range(count):
         several = (0, 1, 1, 2, 1, 1, 3, 1, 1)[index % 9]
-        others = torch.randperm(len(KINDS), generator=generator).tolist()
+        others = permutation(len(KINDS), generator).tolist()
         first = (index + offset) % len(KINDS)
         chosen = [first, *(other for other in others if other != first)][:several]
         severities = {}
@@ -177,7 +179,9 @@ def degrade_each(
         rows = [row for row, chosen in enumerate(drawn) if name in chosen]
         if not rows:
             continue
-        values = torch.tensor([drawn[row][name] for row in rows], dtype=torch.float32)
+        values = torch.tensor(
+            [drawn[row][name] for row in rows], dtype=torch.float32, device=clean.device
+        )
         damaged = mix(degraded[rows], {name: values}, generator)
         if name == "low_light":
             exposed = underexpose(degraded[rows], values.view(-1, 1, 1, 1))
@@ -206,7 +210,7 @@ def as_stored(image: Tensor, generator: torch.Generator) -> Tensor:
     stored = as_file(image)
     rows = (fractions((len(image),), generator) < _CODED).nonzero().flatten().tolist()
     if rows:
-        qualities = torch.randint(92, 99, (len(rows),), generator=generator).tolist()
+        qualities = integers(92, 99, (len(rows),), generator).tolist()
         stored[rows] = recode(stored[rows], qualities)
     return stored
 
@@ -229,8 +233,8 @@ def cut(images: Sequence[Tensor], side: int, generator: torch.Generator) -> list
         generator: source of place and flips, drawn for each sample.
     """
     count = len(images[0])
-    places = (torch.randint(_PHASES, (count, 2), generator=generator) + MARGIN).tolist()
-    flips = torch.randint(2, (count, 2), generator=generator).tolist()
+    places = (integers(0, _PHASES, (count, 2), generator) + MARGIN).tolist()
+    flips = integers(0, 2, (count, 2), generator).tolist()
     axes = [[axis for axis, flipped in zip((1, 2), row, strict=True) if flipped] for row in flips]
     return [
         torch.stack(
@@ -295,10 +299,21 @@ def _darken(crops: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 
 def fractions(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Draw from [0, 1), in single precision whatever torch's default is."""
-    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32)
+    """Draw from [0, 1), in single precision on the generator's device, whatever the defaults."""
+    device = generator.device
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32, device=device)
+
+
+def integers(low: int, high: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw integers from ``low`` to ``high`` - 1, on the generator's device."""
+    return torch.randint(low, high, tuple(shape), generator=generator, device=generator.device)
+
+
+def permutation(count: int, generator: torch.Generator) -> Tensor:
+    """Draw an order of ``count`` things, (count,), on the generator's device."""
+    return torch.randperm(count, generator=generator, device=generator.device)
 
 
 def integer_below(limit: int, generator: torch.Generator) -> int:
     """Draw an integer from 0 to ``limit`` - 1."""
-    return int(torch.randint(limit, (), generator=generator))
+    return int(integers(0, limit, (), generator))

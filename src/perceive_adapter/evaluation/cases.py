@@ -68,7 +68,9 @@ def noise_cases(
 
     def load(seed: int, path: Path) -> tuple[Tensor, Tensor]:
         target = _unit(load_photos([path])[0])
-        noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(
+            target.shape, generator=torch.Generator().manual_seed(seed), device="cpu"
+        )
         return as_file(target + sigma / 255 * noise), target
 
     for seed, path in enumerate(paths):

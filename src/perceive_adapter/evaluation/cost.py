@@ -76,8 +76,8 @@ def measure_cost(model: PerceiveModel, size: int) -> Cost:
             f"size={size}: this network takes sides that are multiples of {model.size_multiple}; "
             f"give {nearest}"
         )
-    image = torch.full((1, model.sites.image_channels, size, size), 0.5)
-    image = image.to(weight_like_images(model.backbone))
+    weight = weight_like_images(model.backbone)
+    image = weight.new_full((1, model.sites.image_channels, size, size), 0.5)
     try:
         with model.disabled():
             bare = _counted(lambda: model(image))

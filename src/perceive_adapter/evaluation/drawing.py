@@ -32,8 +32,9 @@ def in_order(model: PerceiveModel) -> list[Site]:
         model: whose backbone takes an image and nothing else.
     """
     plan = model.sites
-    image = torch.full((1, plan.image_channels, *plan.probe_size), 0.5)
-    example = Example((image.to(weight_like_images(model.backbone)),), {}, 0)
+    weight = weight_like_images(model.backbone)
+    image = weight.new_full((1, plan.image_channels, *plan.probe_size), 0.5)
+    example = Example((image,), {}, 0)
     with model.disabled(), quiet(model.backbone):
         calls = trace(model.backbone, example, fingerprints=False).calls
     return sorted(plan, key=lambda site: (calls[site.name][0].end, site.role == "level"))

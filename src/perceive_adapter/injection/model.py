@@ -520,7 +520,8 @@ class PerceiveModel(nn.Module):
             check_sources(adapter.encoder.sources, widths(self.perceiver, self.semantic))
         elif adapter is None:
             config = dataclasses.replace(self.injector.config, treats=None)
-            adapter = PromptInjector(self.sites, config)
+            with torch.device("cpu"):  # the same weights for one seed, wherever the model is
+                adapter = PromptInjector(self.sites, config)
         else:
             adapter = read_beside(self, adapter, **hub_options).injector
             if adapter.config.semantic is not None:  # whose weights are where this model's are

@@ -176,7 +176,7 @@ def _run_tiles(model: PerceiveModel, image: Tensor, grid: Grid, batch_size: int)
 
 
 def _weight_sum(grid: Grid, axis: int, scale: float, length: int) -> Tensor:
-    result = torch.zeros(length)
+    result = torch.zeros(length, device="cpu")
     for start in grid.starts(axis):
         part = weights(grid, start, axis, scale)
         first = round(start * scale)
@@ -232,7 +232,7 @@ def _cut(image: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> Tenso
 
 
 def _mirrored(start: int, length: int, side: int) -> Tensor:
-    index = torch.arange(start, start + length)
+    index = torch.arange(start, start + length, device="cpu")
     period = max(2 * (side - 1), 1)
     index = index % period
     return torch.minimum(index, period - index).clamp_max(side - 1)
@@ -266,7 +266,8 @@ def find_multiple(model: PerceiveModel) -> int:
 
 
 def _runs(model: PerceiveModel, size: tuple[int, int]) -> bool:
-    image = torch.full((1, model.sites.image_channels, *size), 128, dtype=torch.uint8)
+    shape = (1, model.sites.image_channels, *size)
+    image = torch.full(shape, 128, dtype=torch.uint8, device="cpu")
     try:
         with keeping_modes(model), torch.no_grad(), model.disabled():
             model.eval()

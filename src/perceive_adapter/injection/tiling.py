@@ -55,8 +55,8 @@ def weights(grid: Grid, start: int, axis: int, scale: float) -> Tensor:
     """
     length = round(grid.tile[axis] * scale)
     margin, ramp = grid.overlap * scale * 3 / 8, max(grid.overlap * scale / 4, 1)
-    position = torch.arange(length, dtype=torch.float32) + 0.5
-    result = torch.ones(length)
+    position = torch.arange(length, dtype=torch.float32, device="cpu") + 0.5
+    result = torch.ones_like(position)
     if start > 0:
         result = torch.minimum(result, (position - margin) / ramp)
     if start + grid.tile[axis] < grid.size[axis]:

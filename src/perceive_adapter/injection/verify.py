@@ -48,7 +48,8 @@ def verified(
         SiteError: no site works, or one that the user named does not.
         BackboneError: hooks alone change the output.
     """
-    injector = PromptInjector(plan, config).to(example.image.device)
+    with torch.device(example.image.device):
+        injector = PromptInjector(plan, config)
     folds = _keeps_output(backbone, injector, example, image_in(output, 1))
     gradients, failure = _working(backbone, injector, example)
     if failure is not None:
@@ -118,8 +119,9 @@ def _working(
             return {}, error
         found: dict[Site, bool | None] = {}
         for half in (plan.sites[:middle], plan.sites[middle:]):
-            part = PromptInjector(plan.replace(sites=half), injector.config)
-            found |= _working(backbone, part.to(example.image.device), example)[0]
+            with torch.device(example.image.device):
+                part = PromptInjector(plan.replace(sites=half), injector.config)
+            found |= _working(backbone, part, example)[0]
         return found, error
 
 
@@ -156,7 +158,8 @@ def _attached(injector: PromptInjector, backbone: nn.Module) -> Iterator[None]:
     try:
         weight = next(injector.parameters())
         width = injector.config.condition_dim + 1
-        injector.arm(torch.linspace(-1, 1, width).to(weight).expand(1, 1, width))
+        condition = torch.linspace(-1, 1, width, dtype=weight.dtype, device=weight.device)
+        injector.arm(condition.expand(1, 1, width))
         yield
     finally:
         injector.disarm()

@@ -161,9 +161,11 @@ def wrap(
             "semantic model sees gray and RGB images alone; leave it out, or name sources that you "
             "will give with each image: perceiver=False, config=AdapterConfig(sources=...)"
         )
+    with torch.device("cpu"):  # whatever torch's default device is
+        injector = PromptInjector(plan, config)
     return _assemble(
         backbone,
-        PromptInjector(plan, config),
+        injector,
         is_trainable is not False,
         Steering(found, _name_of(perceiver, hub_options.get("revision")), semantic),
         argument or image_argument(backbone, 0),

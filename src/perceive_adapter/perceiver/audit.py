@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILY_OF
-from perceive_adapter.data.samples import MARGIN, as_file, with_surroundings
+from perceive_adapter.data.samples import (
+    MARGIN,
+    as_file,
+    integer_below,
+    with_surroundings,
+)
 from perceive_adapter.data.triplets import Medium, Milder, Scene
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.perceiver.perceived import Perceived
@@ -152,7 +157,7 @@ def _window(photo: Tensor, patch: int | None, seed: int) -> tuple[EllipsisType |
         return (...,)
     generator = torch.Generator().manual_seed(seed)
     places = [side - patch - 2 * MARGIN + 1 for side in photo.shape[1:]]
-    starts = [MARGIN + int(torch.randint(count, (), generator=generator)) for count in places]
+    starts = [MARGIN + integer_below(count, generator) for count in places]
     return (..., *(slice(start, start + patch) for start in starts))
 
 
@@ -193,7 +198,7 @@ def _judge_heads(found: Findings, column: int, perceived: Perceived) -> None:
 
 def spearman(values: Tensor, levels: Sequence[float]) -> float:
     """Return the rank correlation of values (N,) with N different levels, 0 where all are equal."""
-    ranks = torch.stack([_ranks(values.cpu()), _ranks(torch.tensor(levels))]).double()
+    ranks = torch.stack([_ranks(values.cpu()), _ranks(torch.tensor(levels, device="cpu"))]).double()
     if (ranks[0] == ranks[0, 0]).all():
         return 0.0
     return float(torch.corrcoef(ranks)[0, 1])

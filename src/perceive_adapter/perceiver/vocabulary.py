@@ -57,5 +57,5 @@ class WordTokenizer:
                     f"{text!r} has {len(words)} words: expected at most {self.context_length - 2}."
                 )
             numbers = [self.start, *(self._tokens[word] for word in words), self.end]
-            row[: len(numbers)] = torch.tensor(numbers)
+            row[: len(numbers)] = row.new_tensor(numbers)
         return tokens

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.data import KINDS
-from perceive_adapter.data.samples import integer_below
+from perceive_adapter.data.samples import (
+    integer_below,
+    permutation,
+)
 
 __all__ = ["WORDS", "grades", "qualities", "write_captions", "write_quality_captions"]
 
@@ -76,7 +79,7 @@ def _caption(graded: Sequence[int], quality: int, generator: torch.Generator) ->
         return _plain(quality, generator)
     rated = integer_below(4, generator) == 0
     start = _plain(quality, generator) if rated else f"a {_choose(_NOUNS, generator)}"
-    order = torch.randperm(len(present), generator=generator).tolist()
+    order = permutation(len(present), generator).tolist()
     parts = [
         f"{_GRADES[graded[index]]} {_choose(_NAMES[KINDS[index]], generator)}"
         for index in (present[place] for place in order)

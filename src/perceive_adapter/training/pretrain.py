@@ -22,6 +22,8 @@ from perceive_adapter.data.samples import (
     cut,
     degrade_each,
     draw_severities,
+    fractions,
+    permutation,
     with_surroundings,
 )
 from perceive_adapter.data.triplets import Blend, Milder
@@ -225,16 +227,16 @@ def draw_batch(
         photos[scenes:], draw_severities(len(photos) - scenes, generator), generator
     )
     # A blend with the clean image stands for what a half-trained restorer leaves.
-    remains = 0.2 + 0.5 * torch.rand(len(photos) - scenes, generator=generator)
-    half_restored = torch.rand(len(remains), generator=generator) < _BLENDED
+    remains = 0.2 + 0.5 * fractions((len(photos) - scenes,), generator)
+    half_restored = fractions((len(remains),), generator) < _BLENDED
     alone = blended(alone, torch.where(half_restored, remains, 1.0))
     samples = [*draw_triplets(photos[:scenes], generator), alone]
     severity = torch.cat([part.severity for part in samples])
     stored = as_stored(torch.cat([part.degraded for part in samples]), generator)
     (image,) = cut((stored,), side, generator)
     tiers = tier_shares(severity.amax(dim=1), _TIERS)
-    tiers[: 3 * scenes] = torch.eye(_TIERS).repeat_interleave(scenes, dim=0)
-    captioned = torch.randperm(count, generator=generator)[:_CAPTIONS]
+    tiers[: 3 * scenes] = torch.eye(_TIERS, device=tiers.device).repeat_interleave(scenes, dim=0)
+    captioned = permutation(count, generator)[:_CAPTIONS]
     captions = write_captions(severity[captioned], generator) + write_quality_captions(generator)
     return Batch(image, severity, tiers, captioned, tokenize(captions))
 
@@ -254,8 +256,8 @@ def draw_triplets(photos: Tensor, generator: torch.Generator) -> tuple[Samples, 
     low = degrade_each(photos, drawn, generator)
     milder = [{name: Milder.share * value for name, value in one.items()} for one in drawn]
     medium = degrade_each(photos, milder, generator)
-    half = blended(low, torch.full((count,), Blend.remains))
-    take = torch.rand(count, generator=generator) < 0.5
+    half = blended(low, torch.full((count,), Blend.remains, device=photos.device))
+    take = fractions((count,), generator) < 0.5
     degraded = torch.where(take.view(-1, 1, 1, 1), half.degraded, medium.degraded)
     severity = torch.where(take[:, None], half.severity, medium.severity)
     clean = Samples(photos, photos, torch.zeros_like(severity))

@@ -21,6 +21,7 @@ from perceive_adapter.data.samples import (
     cut,
     degrade_each,
     draw_severities,
+    integers,
     with_surroundings,
 )
 from perceive_adapter.data.triplets import Blend, Medium, Scene
@@ -224,7 +225,7 @@ def draw_scenes(
     """Draw scenes of the low tier, half of them from each fold, every kind as often."""
     kinds = draw_severities(2 * recipe.scenes, generator, low=recipe.low)
     damaged = [severities for severities in kinds if severities][: recipe.scenes]
-    seeds = torch.randint(2**40, (recipe.scenes,), generator=generator).tolist()
+    seeds = integers(0, 2**40, (recipe.scenes,), generator).tolist()
     crops = [fold.draw((recipe.scenes + 1) // 2, side, generator) for fold in folds]
     return [
         Scene(crops[index % 2][index // 2][None], severities, seeds[index], index % 2)
@@ -257,4 +258,5 @@ def draw_tiers(
         tiers.append(torch.cat([medium(scene, image) for scene, image in pairs]))
     tiers.append(torch.cat([scene.clean for scene in scenes]))
     crops = cut([as_stored(tier, generator) for tier in tiers], side, generator)
-    return torch.cat(crops), torch.arange(len(tiers)).repeat_interleave(len(scenes))
+    found = torch.cat(crops)
+    return found, torch.arange(len(tiers), device=found.device).repeat_interleave(len(scenes))

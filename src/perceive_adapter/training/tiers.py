@@ -23,4 +23,4 @@ def tier_shares(severity: Tensor, tiers: int) -> Tensor:
                 [0.2500, 0.7500, 0.0000]])
     """
     place = (1 - severity / _LOWEST).clamp(min=0) * (tiers - 1)
-    return (1 - (place[:, None] - torch.arange(tiers).to(place)).abs()).clamp(min=0)
+    return (1 - (place[:, None] - torch.arange(tiers, device=place.device)).abs()).clamp(min=0)

@@ -167,7 +167,7 @@ def _check_image(image: Tensor) -> None:
 
 def _per_sample_severity(severity: float | Tensor, image: Tensor) -> Tensor:
     """Severity as (B, 1, 1, 1) beside the image."""
-    given = torch.as_tensor(severity).to(image)
+    given = torch.as_tensor(severity, dtype=image.dtype, device=image.device)
     if given.ndim > 1 or (given.ndim == 1 and len(given) != len(image)):
         raise ConfigError(
             f"expected one severity or one for each of {len(image)} images, "
