@@ -1240,6 +1240,31 @@ def test_whole_scenes_are_set_aside(tmp_path: Path) -> None:
     assert ("0" in scenes[1]) == ("11" in scenes[1])
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_scenes_may_be_folders_inside_a_side_or_a_shard(shards: bool, tmp_path: Path) -> None:
+    for scene in range(10):
+        for frame in range(4):
+            name = f"{scene:03}/{frame}"
+            if shards:
+                pair_files(tmp_path / "made", name, 10 * scene + frame)
+            else:
+                pair_files(tmp_path / "all" / "deblur", name, 10 * scene + frame)
+    if shards:
+        (tmp_path / "all" / "deblur").mkdir(parents=True)
+        with tarfile.open(tmp_path / "all" / "deblur" / "0.tar", "w") as shard:
+            for file in sorted((tmp_path / "made").rglob("*.png")):
+                side = file.relative_to(tmp_path / "made").parts[0]
+                shard.add(file, f"{file.parent.name}/{file.stem}.{side}.png")
+    found = find_data([tmp_path / "all"], "raise")
+    assert (len(found.pairs), len(found.held_pairs)) == (36, 4)
+    names = [
+        {str(pair.target).rpartition("/")[0] for pair in pairs}
+        for pairs in (found.pairs, found.held_pairs)
+    ]
+    assert (len(names[0]), len(names[1])) == (9, 1)
+    assert not names[0] & names[1]
+
+
 @pytest.mark.parametrize(("parts", "expected"), [(4, 0), (5, 1), (9, 1), (19, 1), (20, 2)])
 def test_shares_that_are_set_aside(parts: int, expected: int) -> None:
     task = [{f"{index}"} for index in range(parts)]

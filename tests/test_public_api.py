@@ -56,6 +56,7 @@ MODEL_METHODS = {
     "perceive": "image",
     "print_trainable_parameters": "",
     "push_to_hub": "repo_id *figures=None **options",
+    "requires_grad_": "requires_grad=True",
     "restore": "image *tile=None *overlap=32 *batch_size=1 *perception",
     "save_pretrained": "folder *figures=None",
     "set_adapter": "name",

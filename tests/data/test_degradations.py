@@ -242,6 +242,16 @@ class TestNoise:
         assert likeness["correlated_noise"] > 0.3
 
 
+def test_correlated_noise_is_as_strong_at_the_border() -> None:
+    clean = gray(0.5, side=24, batch=400)
+    noise = (degrade(clean, "correlated_noise", 0.5, seeded()) - clean) * 255
+    inside = noise[..., 6:-6, 6:-6].std().item()
+    corner, edge = noise[..., :2, :2].std().item(), noise[..., :1, :].std().item()
+    assert (corner, edge) == pytest.approx((inside, inside), rel=0.03)
+    one = degrade(clean[..., :1, :1], "correlated_noise", 0.5, seeded()) - clean[..., :1, :1]
+    assert one.std().item() * 255 == pytest.approx(inside, rel=0.1)
+
+
 def test_gaussian_blur_has_the_stated_width() -> None:
     blurred = degrade(point(batch=3), "gaussian_blur", torch.tensor([0.2, 0.5, 0.8]))
     covariance = spread(blurred)

@@ -68,6 +68,24 @@ def test_figures_are_those_of_scikit_image() -> None:
     assert given.ssim == pytest.approx(ssim, abs=1e-4)
 
 
+def test_similarity_is_right_where_an_image_is_bright_and_flat() -> None:
+    target = torch.full((1, 3, 64, 64), 250.0)
+    noisy = (target + torch.randn(target.shape, generator=torch.Generator().manual_seed(0))).round()
+    case = Case("noise", "a", lambda: (noisy / 255, target / 255))
+    (given,) = compare({}, [case])
+    first, second = (array(image[0]).astype(np.float64) / 255 for image in (noisy, target))
+    expected = skimage.metrics.structural_similarity(
+        second,
+        first,
+        data_range=1,
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    assert given.ssim == pytest.approx(expected, abs=1e-5)
+
+
 def test_restored_images_are_measured_as_files_of_8_bits_hold_them() -> None:
     target = torch.full((1, 3, 16, 16), 0.5)
     case = Case("x", "a", lambda: (target, (target * 255).round() / 255))

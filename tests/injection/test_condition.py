@@ -155,6 +155,15 @@ def test_value_ranges_map_to_unit_and_back(given: Any, low: float, high: float) 
     assert ValueRange.of(values) is values
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_value_ranges_are_not_rounded_to_half_a_precision(dtype: torch.dtype) -> None:
+    values = ValueRange.of((0, 255))
+    white = torch.full((1, 3, 1, 1), 255.0, dtype=dtype)
+    assert values.to_unit(white).eq(1).all()
+    assert values.from_unit(torch.ones_like(white)).eq(255).all()
+    assert values.to_unit(white).dtype == values.from_unit(white).dtype == dtype
+
+
 @pytest.mark.parametrize(
     "given", [(1, 0), (0, 0), 3, "ab", (0,), ([0.5], []), ([], []), ([0.5], [0.0]), (0, "1"), None]
 )
@@ -239,6 +248,7 @@ def test_a_perception_is_a_sequence_of_perceptions() -> None:
     assert len(seen) == 3
     assert torch.equal(Perception.cat(list(seen)).compact, seen.compact)
     assert torch.equal(seen[-1].compact, seen.compact[2:])
+    assert torch.equal(seen[np.int64(1)].compact, seen.compact[1:2])
     for index in (3, -4):
         with pytest.raises(IndexError, match="of a perception of 3"):
             seen[index]

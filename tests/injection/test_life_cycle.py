@@ -1,8 +1,10 @@
 """A wrapped network is a module like others: copied, moved, compiled, exported, unwrapped."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +19,16 @@ from wrapping import moved, oracle, relative, state, wrapped
 from zoo import CASES
 
 from perceive_adapter import (
+    AlreadyWrappedError,
     BackboneError,
     ConfigError,
     ImageError,
     PerceiveModel,
     PerceptionError,
+    PromptInjector,
     QualityPerceiver,
     SiteError,
+    plan_sites,
     wrap,
 )
 
@@ -341,6 +346,91 @@ def test_unwrap_puts_unfrozen_weights_back() -> None:
     assert torch.equal(model.unwrap()(IMAGE), expected)
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def test_a_network_whose_model_is_lost_can_be_wrapped_again() -> None:
+    net = CASES["u_shape"].net().train()
+    net.requires_grad_(False).intro.weight.requires_grad_(True)
+    before, expected = state(net), net(IMAGE)
+    model = wrap(net, perceiver=False)
+    model.add_adapter("other")
+    model.unfreeze("**")
+    torch.nn.init.zeros_(net.intro.weight)
+    del model
+    with pytest.raises(BackboneError, match=r"the model that wrapped this network is gone"):
+        net(IMAGE)
+    again = wrap(net, perceiver=False)
+    assert again.unwrap() is net
+    assert state(net)[:-1] == before[:-1]  # but for torch's random state
+    assert torch.equal(net(IMAGE), expected)
+
+
+def test_a_lost_injector_leaves_room_for_another() -> None:
+    net = CASES["u_shape"].net()
+    plan = plan_sites(net)
+    injector = PromptInjector(plan)
+    injector.attach(net)
+    with pytest.raises(AlreadyWrappedError):
+        PromptInjector(plan).attach(net)
+    del injector
+    PromptInjector(plan).attach(net)
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, _pickled])
+def test_copies_of_a_model_know_their_own_hooks(through: Any) -> None:
+    model = wrapped("u_shape")
+    other = through(model)
+    with pytest.raises(AlreadyWrappedError):
+        wrap(other.backbone)
+    net = other.backbone
+    del model, other
+    wrap(net).unwrap()(IMAGE)
+
+
+def test_models_are_freed_without_the_garbage_collector() -> None:
+    model = wrapped("u_shape")
+    gone = weakref.ref(model.backbone)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_requires_grad_reaches_what_trains_and_no_more() -> None:
+    model = wrapped("u_shape", perceiver=None)
+    model.unfreeze("intro.*")
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(False)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.requires_grad_(True) is model
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
+
+
+def test_weights_that_train_unnamed_are_not_lost_when_saving(tmp_path: Path) -> None:
+    model = wrapped("u_shape")
+    model.backbone.intro.weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"'intro\.weight'.*model\.unfreeze\('intro\.weight'"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    model.unfreeze("intro.weight")
+    model.save_pretrained(tmp_path / "adapter")
+    model.backbone.add_module("extra", nn.Conv2d(3, 3, 1))  # somebody else's
+    model.save_pretrained(tmp_path / "adapter")
+
+
+def test_loading_another_network_s_weights_after_unfreeze_warns(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    trained, model = wrapped("u_shape", seed=1), wrapped("u_shape", seed=2)
+    model.load_state_dict(trained.state_dict())  # nothing is unfrozen yet
+    model.unfreeze("intro.*")
+    model.load_state_dict(trained.state_dict())
+    assert not recwarn.list
+    other = wrapped("u_shape", seed=3).state_dict()
+    with pytest.warns(UserWarning, match=r"other values for \d+ frozen.*unwrap\(\) will put back"):
+        nn.ModuleDict({"net": model}).load_state_dict({f"net.{k}": v for k, v in other.items()})
 
 
 def test_unfreezing_what_is_not_there_changes_nothing() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from wrapping import KINDS, PAIRS, moved, oracle, relative, wrapped
-from zoo import CASES
+from zoo import CASES, Isotropic
 
 from perceive_adapter import ImageError, Perception, PerceptionError, wrap
 
@@ -151,3 +151,30 @@ def test_a_branch_writes_over_features_that_nobody_else_has_seen() -> None:
     torch.testing.assert_close(model(image, perception=seen), expected)
     assert memory[0] != memory[1]
     torch.testing.assert_close(kept[0], F.conv2d(image, layer.weight, layer.bias, padding=1))
+
+
+class Tiling(Isotropic):
+    """Cuts large images into tiles by itself, those of one place side by side in the batch."""
+
+    side = 64
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.shape[-1] <= self.side:
+            return super().forward(image)
+        halves = torch.cat(image.chunk(2, dim=3))
+        return torch.cat(super().forward(halves).chunk(2), dim=3)
+
+
+def test_a_network_that_cuts_larger_images_than_it_was_tried_on_takes_one_at_a_time() -> None:
+    torch.manual_seed(0)
+    config = KINDS["low_rank"]
+    model = wrap(Tiling(), perceiver=False, config=config)
+    moved(model.injector)
+    image, seen = torch.rand(2, 3, 64, 128), oracle(2)
+    with pytest.raises(PerceptionError, match=r"a site sees 4 rows.*wrap the network with an exam"):
+        model(image, perception=seen)
+    alone = torch.cat([model(image[i : i + 1], perception=seen[i]) for i in range(2)])
+    weights = model.injector.state_dict()
+    known = wrap(model.unwrap(), perceiver=False, config=config, example=torch.rand(1, 3, 64, 128))
+    known.injector.load_state_dict(weights)
+    assert relative(known(image, perception=seen), alone) < ROUNDING

@@ -1,6 +1,7 @@
 """A batch whose images have adapters of their own, and adapters that come while others work."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,17 @@ def test_names_that_do_not_fit_are_refused(model: PerceiveModel) -> None:
     with model.disabled():
         bare = model(IMAGES)
         assert torch.equal(model(IMAGES, adapter_names=NAMES), bare)
+        with pytest.raises(ConfigError, match="no adapter 'snow'"):
+            model(IMAGES, adapter_names=["snow", None, None, None])
+
+
+def test_a_pass_of_another_perception_is_not_ended(model: PerceiveModel) -> None:
+    seen = oracle(1)
+    with model.injector.conditioned(seen):
+        expected = model.backbone(IMAGES)
+        with pytest.raises(PerceptionError, match="runs with another perception already"):
+            model(IMAGES, adapter_names=NAMES)
+        assert torch.equal(model.backbone(IMAGES), expected)
 
 
 def test_images_of_different_adapters_go_through_one_compiled_graph(model: PerceiveModel) -> None:
@@ -142,6 +154,22 @@ def saved(tmp_path: Path) -> Path:
     moved(model.injector, seed=7)
     model.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
+
+
+def test_inside_a_fold_adapters_stay_as_they_are(model: PerceiveModel) -> None:
+    for change in (partial(model.add_adapter, "snow"), partial(model.delete_adapter, "rain")):
+        with model.fold(oracle(1)), pytest.raises(PerceptionError, match="fold\\(\\) is under way"):
+            change()
+    assert "rain" in model.adapters
+    assert "snow" not in model.adapters
+
+
+def test_adapters_are_added_in_the_model_s_precision(model: PerceiveModel, saved: Path) -> None:
+    model.bfloat16()
+    model.add_adapter("new")
+    model.add_adapter("read", saved)
+    for name in ("new", "read"):
+        assert {p.dtype for p in model.adapters[name].parameters()} == {torch.bfloat16}
 
 
 def test_a_new_adapter_changes_nothing_yet(model: PerceiveModel) -> None:

@@ -122,8 +122,8 @@ LAYOUTS = {
     "vectors": (Layout(0, -1), lambda x: x[:, :, 0, 0].contiguous()),
     "sequence first": (Layout(1, -1), lambda x: x.flatten(2).permute(2, 0, 1).contiguous()),
     "columns": (Layout(1, -1, "minor"), lambda x: x.permute(2, 3, 0, 1).flatten(1, 2)),
-    "rows": (Layout(1, -1), lambda x: x.permute(2, 0, 3, 1).flatten(1, 2)),
-    "windows": (Layout(0, -1), lambda x: x.permute(0, 3, 2, 1).flatten(0, 1)),
+    "rows": (Layout(1, -1, "major"), lambda x: x.permute(2, 0, 3, 1).flatten(1, 2)),
+    "windows": (Layout(0, -1, "major"), lambda x: x.permute(0, 3, 2, 1).flatten(0, 1)),
     "alternating": (Layout(0, -1, "minor"), lambda x: x.permute(3, 0, 2, 1).flatten(0, 1)),
 }
 

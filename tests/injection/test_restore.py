@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 from PIL import Image
 from torch import Tensor, nn
@@ -415,6 +416,29 @@ def test_tiles_of_an_upscaler() -> None:
     tiled = model.restore(image, tile=56, overlap=26, batch_size=2)
     assert whole.shape == (1, 4, 150, 180)
     assert (tiled - whole).abs().max() < 1e-5
+
+
+class Resizing(zoo.Isotropic):
+    """Gives images of another size, rounded where that is no integer."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, image: Tensor) -> Tensor:
+        sides = [round(side * self.scale) for side in image.shape[-2:]]
+        return F.interpolate(super().forward(image), size=sides)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.75, 1.25, 4 / 3, 1.5])
+def test_tiles_of_a_network_with_a_fractional_scale(scale: float) -> None:
+    torch.manual_seed(0)
+    model, image = wrap(Resizing(scale), perceiver=False), torch.rand(1, 3, 120, 144)
+    assert model.sites.scale == scale
+    whole = model.restore(image)
+    assert (model.restore(image, tile=61, overlap=24) - whole).abs().max() < 1e-5
+    odd = model.restore(image[..., 1:, 1:], tile=41, overlap=1)
+    assert odd.shape[-2:] == (round(119 * scale), round(143 * scale))
 
 
 @pytest.mark.parametrize("tile", [None, 32])

@@ -87,7 +87,7 @@ def test_levels_tell_channels_stride_and_reason(case: str) -> None:
         ("windows_alternating", "qkv", Layout(0, -1, "minor")),
         ("sequence_first", "a", Layout(1, -1)),
         ("shared", "block.a", Layout(0, 1)),
-        ("swinir", "layers.0.residual_group.blocks.1.attn.qkv", Layout(0, -1)),
+        ("swinir", "layers.0.residual_group.blocks.1.attn.qkv", Layout(0, -1, "major")),
     ],
 )
 def test_layout_is_told_by_changing_batch_and_size(case: str, site: str, layout: Layout) -> None:

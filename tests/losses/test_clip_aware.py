@@ -99,6 +99,13 @@ def test_half_precision_images(dtype):
     assert image.grad.isfinite().all()
 
 
+def test_autocast_leaves_the_perceiver_in_its_precision():
+    image, loss = torch.rand(2, 3, 4, 4), ClipAwareLoss(Perceiver())
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(image)
+    assert torch.equal(value, loss(image))
+
+
 def test_half_precision_perceiver_and_gray_images():
     image = torch.rand(2, 1, 4, 4)
     full = ClipAwareLoss(perceiver := Perceiver())(image)

@@ -36,6 +36,11 @@ def test_by_hand() -> None:
     assert reference_distances(x, torch.stack([x + 1, x - 2])).tolist() == [[1], [2]]
 
 
+def test_large_features_of_half_a_precision_do_not_overflow() -> None:
+    features = torch.ones(1, 8, 256, 300, dtype=torch.float16)
+    assert reference_distances(features, [features / 2, features * 2]).tolist() == [[0.5], [1.0]]
+
+
 @pytest.mark.parametrize("blocks", [7, 2**19])
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("last", [(), (0,), (1,), (0, 1, 2)], ids=str)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_clip import RESNET, VIT, images
+from tiny_clip import RESNET, VIT, images, tiny
 
 from perceive_adapter.errors import CheckpointError, ConfigError
 from perceive_adapter.perceiver.towers import ClipTowers, build_clip, embed_words
@@ -62,6 +62,15 @@ def test_image_features_are_those_of_clip(architecture: dict[str, Any]) -> None:
         small = towers.encode_image(images(1, 3, 20, 20))
         torch.testing.assert_close(small, towers.encode_image(resized))
     torch.testing.assert_close(actual, expected)
+
+
+def test_averages_of_all_buffers_perceive() -> None:
+    perceiver = tiny()
+    average = torch.optim.swa_utils.AveragedModel(perceiver, use_buffers=True)
+    average.update_parameters(perceiver)
+    average.update_parameters(perceiver)
+    image = images(1, 3, 40, 40)
+    assert torch.equal(average.module.logits(image), perceiver.logits(image))
 
 
 def test_towers_never_leave_eval_mode() -> None:

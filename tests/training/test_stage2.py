@@ -80,13 +80,22 @@ def test_accumulated_passes_make_one_step() -> None:
     assert not same(train(model(), recipe=recipe(6, batch=2)), whole)
 
 
+def test_a_contrastive_loss_is_told_of_fewer_negatives() -> None:
+    contrastive = replace(recipe(2, accumulate=2), weights=replace(L1, contrastive=0.1))
+    with pytest.warns(UserWarning, match=r"compares the 2 images of a pass, and not the 4"):
+        train(model(), recipe=contrastive)
+    with pytest.raises(ConfigError, match=r"4 accumulated passes for a batch of 4.*here there is"):
+        train(model(), recipe=replace(contrastive, accumulate=4))
+
+
 def test_an_average_of_the_weights_is_what_remains() -> None:
     raw, mean = train(model(), steps=2), train(model(), recipe=recipe(2, ema=0.5))
     first = train(model(), recipe=replace(recipe(2), schedule=replace(recipe(2).schedule)))
     assert same(raw, first)
     start, half = model().injector.state_dict(), train_to(1).injector.state_dict()
     for name, value in raw.injector.state_dict().items():
-        expected = (start[name] * 0.5 + half[name] * 0.5) * 0.5 + value * 0.5
+        first_mean = torch.lerp(half[name], start[name], 1 / 10)
+        expected = torch.lerp(value, first_mean, 2 / 11)
         torch.testing.assert_close(mean.injector.state_dict()[name], expected)
 
 

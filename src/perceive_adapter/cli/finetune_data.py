@@ -132,8 +132,9 @@ class _Listing:
         digests = [self._digest(file) for file in files]
         if (digests[0], digests[1]) in self.pairs:
             return
-        task, _, scene = pair.group.partition("/")
-        task = task or folder.resolve().name
+        task = pair.group.partition("/")[0] or folder.resolve().name
+        # Folder or shard of the target: some sets have a folder for each scene, some within a side.
+        scene = name_below(pair.target, folder).removesuffix(pair.target.name)
         self.pairs[digests[0], digests[1]] = replace(pair, group=task)
         self._sets.setdefault(task, {}).setdefault(scene, set()).add(digests[1])
         self._lines.append((task, *(name_below(file, folder) for file in files), *digests))

@@ -33,7 +33,7 @@ __all__ = [
 
 _GOLDEN: Final = (5**0.5 - 1) / 2
 _CACHE: Final = 2**30  # bytes of decoded pairs that are kept in memory
-_SEEDS: Final = 1_000_003
+_SEEDS: Final = 2_654_435_761  # 2**32 times the golden ratio: seeds lie far apart
 
 
 class Drawn(NamedTuple):

@@ -23,7 +23,8 @@ class Scene:
         clean: (1, 3, H, W) in [0, 1].
         severities: of each degradation, in [0, 1].
         seed: of whatever is random in the degradations, so that a milder version of a scene has
-            its streaks, depths and grain in the same places.
+            its depths and grain in the same places; streaks partly, since heavier rain has more
+            of them, and shot noise not, of which other images draw other numbers.
         fold: 0 or 1, the half of the photographs that it comes from.
     """
 

@@ -107,6 +107,7 @@ def _metrics(image: Tensor, target: Tensor, name: str) -> tuple[float, float]:
     )
 
     check_measurable(image, target, name)
+    image, target = image.double(), target.double()  # SSIM's variances are small differences
     psnr = peak_signal_noise_ratio(image, target, data_range=1.0)
     _, ssim = structural_similarity_index_measure(
         image, target, data_range=1.0, return_full_image=True

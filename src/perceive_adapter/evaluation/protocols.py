@@ -132,4 +132,5 @@ PROTOCOLS: Final = {
         Protocol("five-tasks", noisy=_CBSD68, pairs=(_SOTS, _RAIN, _GOPRO, _LOL)),
     )
 }
-"""Every protocol by name; images are whole, in fp32, and metrics are of RGB in 8 bits."""
+"""Every protocol by name; images are whole, in fp32 (convolutions on a GPU as
+torch.backends.cudnn.allow_tf32 says), and metrics are of RGB in 8 bits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.injection.injector import PromptInjector
-from perceive_adapter.injection.state import Lock, Passes
+from perceive_adapter.injection.state import ForwardPass, Lock, Passes
 
 __all__ = ["AdapterSet"]
 
@@ -142,16 +142,29 @@ class AdapterSet(nn.ModuleDict):
                 f"adapter_names={names!r} for {batch} images: expected a list with a name for each "
                 "image, or None for the bare backbone"
             )
+        self.check_known(names)
+
+    def check_known(self, names: Iterable[str | None]) -> None:
+        """Raise if one of ``names`` is no adapter's, nor None.
+
+        Raises:
+            ConfigError: so it is.
+        """
         for name in names:
             if name is not None:
                 self.named(name)
 
-    def arm(self, conditions: Mapping[str, Tensor], names: Sequence[str | None]) -> None:
+    def arm(
+        self, conditions: Mapping[str, Tensor], names: Sequence[str | None]
+    ) -> ForwardPass | None:
         """Give each image of the forward pass that follows to the adapter that is named for it.
 
         Args:
             conditions: (B or 1, L, C + 1) of every adapter that is named.
             names: for each of B images.
+
+        Returns:
+            That pass; None under torch.compile.
         """
         this = None if torch.compiler.is_compiling() else self.injector.state.passes.begin()
         for name in self:
@@ -161,6 +174,7 @@ class AdapterSet(nn.ModuleDict):
                 # At a condition of zeros a prompt leaves features as they are.
                 own = [[[float(name == other)]] for other in names]
                 injector.arm(conditions[name] * conditions[name].new_tensor(own), this)
+        return this
 
     def disarm(self) -> None:
         """End that forward pass: the active adapter alone is at work again."""
@@ -172,11 +186,11 @@ class AdapterSet(nn.ModuleDict):
     @contextmanager
     def mixed(
         self, conditions: Mapping[str, Tensor], names: Sequence[str | None]
-    ) -> Iterator[None]:
-        """See :meth:`arm`; for one forward pass inside the context."""
+    ) -> Iterator[ForwardPass | None]:
+        """See :meth:`arm`; for one forward pass inside the context, which is given."""
+        self.injector.check_idle()
         try:
-            self.arm(conditions, names)
-            yield
+            yield self.arm(conditions, names)
         finally:
             self.disarm()
 

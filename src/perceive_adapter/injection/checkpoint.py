@@ -164,6 +164,7 @@ def save_adapter(
         Whether it was written: of the processes of a sharded model, by the first one alone.
     """
     frozen, config = model.frozen, model.injector.config
+    frozen.check_kept()
     tower, perceiver_name = model.perceiver_fingerprint, model.perceiver_name
     if elsewhere:
         config = replace(config, semantic_weights=None)

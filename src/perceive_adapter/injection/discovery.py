@@ -17,7 +17,7 @@ from perceive_adapter.injection.globs import matching
 from perceive_adapter.injection.injector import check_backbone
 from perceive_adapter.injection.layouts import Traces, layer_layout, level_feature
 from perceive_adapter.injection.levels import choose_levels
-from perceive_adapter.injection.plan import Geometry, Site, SitePlan
+from perceive_adapter.injection.plan import MAX_SCALE_PARTS, Geometry, Site, SitePlan
 from perceive_adapter.injection.probe import (
     Example,
     Trace,
@@ -203,18 +203,34 @@ def _traces(backbone: nn.Module, example: Example, base: Trace) -> tuple[Traces,
     image = example.image
     if image.shape[0] != 1:
         raise BackboneError(f"the example's image has batch {image.shape[0]}; give a batch of one")
-    restored = image_in(base.output, 1)
     height, width = image.shape[2:]
+    widths = [(width, image_in(base.output, 1).shape[-1])]
     for other in ((height // 2, width // 2), (2 * height, 2 * width)):
         size = _try_trace(backbone, example.resized(*other))
         if size is not None:
+            widths.append((other[1], image_in(size.output, 1).shape[-1]))
             break
     traces = Traces(base, size, base, None, (height, width), other)
     small = _smallest(example, traces)
     if size is not None and small is not example and not _folds_windows(base):
         example, traces = small, dataclasses.replace(traces, single=size)
     batch = _try_trace(backbone, example.doubled())
-    return dataclasses.replace(traces, batch=batch), restored.shape[-1] / width
+    return dataclasses.replace(traces, batch=batch), _scale(widths)
+
+
+def _scale(widths: Sequence[tuple[int, int]]) -> float:
+    """Return output size / input size: the simplest fraction to which outputs were rounded.
+
+    Example:
+        >>> _scale([(64, 85), (32, 43)]) == 4 / 3
+        True
+    """
+    before, after = widths[0]
+    for denominator in range(1, MAX_SCALE_PARTS + 1):
+        numerator = round(denominator * after / before)
+        if all(abs(numerator * b / denominator - a) < 1 for b, a in widths) and numerator:
+            return numerator / denominator
+    return after / before
 
 
 def _folds_windows(base: Trace) -> bool:

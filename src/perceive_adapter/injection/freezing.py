@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from perceive_adapter.errors import SiteError
+from perceive_adapter.errors import ConfigError, SiteError
 from perceive_adapter.injection.globs import matching
+from perceive_adapter.warning import warn
 
 __all__ = ["FrozenBackbone", "hold_in_eval"]
 
@@ -18,17 +21,26 @@ __all__ = ["FrozenBackbone", "hold_in_eval"]
 class FrozenBackbone:
     """What a backbone was before it was frozen: modes, ``requires_grad``, and changed weights.
 
+    It does not keep the backbone alive, whose hooks have it.
+
     Args:
         backbone: frozen from here on, until :meth:`release`.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
-        self.backbone = backbone
-        self.modes = [(module, module.training) for module in backbone.modules()]
+        self._backbone = weakref.ref(backbone)
+        self._modes = WeakKeyDictionary({module: module.training for module in backbone.modules()})
         self.required = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self.originals: dict[str, Tensor] = {}
         self._names = self._find_names()
         backbone.requires_grad_(False)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The backbone."""
+        backbone = self._backbone()
+        assert backbone is not None, "the backbone is gone"
+        return backbone
 
     def unfreeze(self, patterns: Iterable[str]) -> list[str]:
         """Let the parameters that match train; their present values come back on release.
@@ -68,6 +80,48 @@ class FrozenBackbone:
         """Return the parameters that were unfrozen, as they are now."""
         return {name: p.detach() for name, p in self._parameters() if name in self.originals}
 
+    def requires_grad_(self, requires_grad: bool) -> None:
+        """Let the parameters that were unfrozen train, or not; the others stay frozen."""
+        for name, parameter in self._parameters():
+            if name in self.originals:
+                parameter.requires_grad_(requires_grad)
+
+    def check_kept(self) -> None:
+        """Raise where parameters may have trained that nobody has asked to keep.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        own = ((name, p) for name, p in self._parameters() if name in self.required)
+        lost = [name for name, p in own if p.requires_grad and name not in self.originals]
+        if lost:
+            raise ConfigError(
+                f"{len(lost)} parameters of the backbone require a gradient, such as {lost[0]!r}, "
+                "and would not be saved, since unfreeze() does not know of them: call "
+                f"model.unfreeze({lost[0]!r}, ...) where they are to train and to be saved, or "
+                "requires_grad_(False) of them"
+            )
+
+    def warn_of_others(self, weights: Mapping[str, Tensor]) -> None:
+        """Warn where weights that are loaded are of another network than the one that was wrapped.
+
+        Args:
+            weights: of the backbone, by its names.
+        """
+        others = [
+            name
+            for name, parameter in self._parameters()
+            if name in weights and name not in self.originals and not parameter.is_meta
+            if not torch.equal(parameter, weights[name].to(parameter))
+        ]
+        if self.originals and others:
+            warn(
+                f"the state dict has other values for {len(others)} frozen parameters than the "
+                f"network that was wrapped, such as {others[0]!r}: unwrap() will put back values "
+                f"of that network for the {len(self.originals)} that are unfrozen, and a saved "
+                "adapter will name it as its own. Load the network's own weights before wrap()"
+            )
+
     def release(self) -> nn.Module:
         """Give the backbone back with weights, ``requires_grad`` and modes as they were.
 
@@ -80,7 +134,7 @@ class FrozenBackbone:
                     parameter.copy_(self.originals[name])
             if name in self.required:
                 parameter.requires_grad_(self.required[name])
-        for module, mode in self.modes:
+        for module, mode in self._modes.items():
             module.training = mode
         return self.backbone
 
@@ -94,10 +148,15 @@ class FrozenBackbone:
         return WeakTensorKeyDictionary({p: name for name, p in self.backbone.named_parameters()})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_names"}
+        strong = {"_backbone": self.backbone, "_modes": list(self._modes.items())}
+        return {k: v for k, v in {**self.__dict__, **strong}.items() if k != "_names"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        weak = {
+            "_backbone": weakref.ref(state["_backbone"]),
+            "_modes": WeakKeyDictionary(state["_modes"]),
+        }
+        self.__dict__.update({**state, **weak})
         self._names = self._find_names()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -37,7 +38,7 @@ from perceive_adapter.injection.prompts import (
 )
 from perceive_adapter.injection.state import ConditionState, ForwardPass, Lock
 
-__all__ = ["PromptInjector", "check_backbone", "modules_at"]
+__all__ = ["PromptInjector", "check_backbone", "modules_at", "release_lost"]
 
 
 class Fold:
@@ -206,12 +207,14 @@ class PromptInjector(nn.Module):
         """
         if self.attached:
             raise AlreadyWrappedError("this injector is attached already; detach() it first")
+        release_lost(backbone)
         check_backbone(backbone, hooked=beside_others, without_weights=True)
         self._hooked = modules_at(self.plan, backbone)
         self._handles = [
             self.module_at(prompt.site).register_forward_hook(prompt.hook)
             for prompt in reversed(self.prompt_sites)  # a layer's branch before its level's change
         ]
+        self.state.owner = weakref.ref(self)
         self.attached = True
 
     def detach(self) -> None:
@@ -220,6 +223,7 @@ class PromptInjector(nn.Module):
             handle.remove()
         self._handles = []
         self._hooked = {}
+        self.state.owner = self.state.frozen = None
         self.attached = False
 
     def module_at(self, site: Site) -> nn.Module:
@@ -346,6 +350,29 @@ class PromptInjector(nn.Module):
                 yield
             finally:
                 self.disarm()
+
+
+def release_lost(backbone: nn.Module) -> None:
+    """Take off the hooks that are left of a model that is gone, and undo what it did.
+
+    In a notebook a cell that wraps a network is run again, and nobody has the first model any more.
+    Where one of the injectors is still there, nothing is done.
+    """
+    if not isinstance(backbone, nn.Module):
+        return
+    hooks = [
+        (module, key, site.state)
+        for module in backbone.modules()
+        for key, hook in module._forward_hooks.items()
+        if isinstance(site := getattr(hook, "__self__", None), PromptSite)
+    ]
+    if not all(state.lost for _, _, state in hooks):
+        return
+    for module, key, _ in hooks:
+        del module._forward_hooks[key]
+    for frozen in {id(state.frozen): state.frozen for _, _, state in hooks}.values():
+        if frozen is not None:
+            frozen.release()
 
 
 def check_backbone(

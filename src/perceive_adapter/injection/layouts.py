@@ -188,8 +188,10 @@ def _batch_axis(one: Call, two: Call, axis: int) -> Layout | str:
     rows, both = one.rows, two.rows
     if rows is None or both is None:
         return "its input has one dimension only"
-    if len(rows) == 1 or _alike(both[: len(rows)], rows):
+    if len(rows) == 1:
         return Layout(0, axis)
+    if _alike(both[: len(rows)], rows):
+        return Layout(0, axis, "major")
     if _alike(both[::2], rows):
         return Layout(0, axis, "minor")
     return "the order of images in its batch axis cannot be told"

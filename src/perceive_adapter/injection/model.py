@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -93,6 +94,7 @@ class PerceiveModel(nn.Module):
                 tower.requires_grad_(False).eval()
         self.adapters = AdapterSet(backbone, "default", injector)  # what may fail came before
         self.frozen = FrozenBackbone(backbone)
+        self._tell_hooks()
         self.training = backbone.training  # not train(), which would undo an eval() of its parts
         self.adapters.train(backbone.training)
         hold_in_eval(backbone, self.sites.eval_only, training=backbone.training)
@@ -131,6 +133,7 @@ class PerceiveModel(nn.Module):
             )
         with self._in_turn() as injector:
             if not injector.enabled:
+                self.adapters.check_known(adapter_names or ())
                 return self.backbone(*args, **kwargs)
             image = self._image(args, kwargs)
             if self._folded is not None:
@@ -138,14 +141,19 @@ class PerceiveModel(nn.Module):
                 return self.backbone(*args, **kwargs)
             if adapter_names is not None:
                 conditions = self._conditions(adapter_names, perception, image)
-                with self.adapters.mixed(conditions, adapter_names):
-                    return self.backbone(*args, **kwargs)
+                with self.adapters.mixed(conditions, adapter_names) as this:
+                    output = self.backbone(*args, **kwargs)
+                if this is not None:
+                    this.watch(output)
+                return output
             perception = self._perception(perception, image)
             if self._folds(perception, image):
                 with self.fold(perception):
                     return self.backbone(*args, **kwargs)
             with injector.conditioned(perception):
-                return self.backbone(*args, **kwargs)
+                output = self.backbone(*args, **kwargs)
+                injector.state.watch(output)
+            return output
 
     def _run_traced(
         self,
@@ -332,14 +340,23 @@ class PerceiveModel(nn.Module):
 
         Raises:
             PerceptionError: a fold is under way, at the end of which they would be lost.
+
+        Warns:
+            UserWarning: parts of the backbone are unfrozen, and the weights of the frozen ones are
+                of another network, so that :meth:`unwrap` will not put back what was there.
         """
         with self.adapters.lock:
             self._check_unfolded()
             return super().load_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         self._check_unfolded()  # a module around this one loads its weights
-        super()._load_from_state_dict(*args, **kwargs)
+        start = f"{prefix}backbone."
+        weights = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
+        self.frozen.warn_of_others(weights)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with self.adapters.lock:  # .to() and the like put other weights in place
@@ -349,7 +366,20 @@ class PerceiveModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> PerceiveModel:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(self._copied(memo))
+        copied._tell_hooks()
         return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._tell_hooks()
+
+    def _tell_hooks(self) -> None:
+        """Tell the hooks, which outlive the model, what was done to the backbone."""
+        for name in self.adapters:
+            injector = self.adapters.named(name)
+            if injector.attached:
+                injector.state.owner = weakref.ref(injector)
+                injector.state.frozen = self.frozen
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules of its own, of the same tensors: pickle reads them when others may fold again.
@@ -436,6 +466,13 @@ class PerceiveModel(nn.Module):
             hold_in_eval(self.backbone, self.sites.eval_only, training=self.training)
             return names
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let the active adapter and what :meth:`unfreeze` named train, or not; no others."""
+        with self.adapters.lock:
+            self.injector.requires_grad_(requires_grad)
+            self.frozen.requires_grad_(requires_grad)
+        return self
+
     def treat(self, *degradations: str) -> None:
         """Let the active adapter work only where one of these degradations is perceived.
 
@@ -503,6 +540,7 @@ class PerceiveModel(nn.Module):
             CheckpointError: the saved adapter is missing, damaged, of another backbone, or steered
                 by something else than this model has.
             CompiledBackboneError: the model has been compiled, and would ignore it.
+            PerceptionError: a fold is under way.
             BackboneError: the model was unwrapped.
         """
         saved = None if isinstance(adapter, PromptInjector) else adapter
@@ -528,9 +566,10 @@ class PerceiveModel(nn.Module):
                 here = self.injector.config.semantic_weights
                 adapter.config = dataclasses.replace(adapter.config, semantic_weights=here)
             trains = self.adapters.trains
-        with self._in_turn():
+        with self._in_turn(folded=False):
             self.adapters.add(self.backbone, name, adapter, trains=trains)
-            adapter.to(next(self.injector.parameters()).device)
+            adapter.to(next(self.injector.parameters()))
+            self._tell_hooks()
 
     def hotswap_adapter(
         self,
@@ -584,8 +623,10 @@ class PerceiveModel(nn.Module):
 
         Raises:
             ConfigError: there is none of that name, or it is active.
+            PerceptionError: a fold is under way.
+            BackboneError: the model was unwrapped.
         """
-        with self.adapters.lock:
+        with self._in_turn(folded=False):
             self.adapters.remove(name)
 
     def unwrap(self) -> nn.Module:
@@ -625,7 +666,8 @@ class PerceiveModel(nn.Module):
 
         Raises:
             CheckpointError: ``folder`` is a file, or cannot be made or written to.
-            ConfigError: a figure is not finite.
+            ConfigError: a figure is not finite, or parameters of the backbone require a gradient
+                that :meth:`unfreeze` has not named.
             PerceptionError: a fold is under way, in which the backbone has other weights.
             BackboneError: the model was unwrapped.
         """

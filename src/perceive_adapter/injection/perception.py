@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -79,16 +81,18 @@ class Perception:
     def __len__(self) -> int:
         return self.batch
 
-    def __getitem__(self, index: int | slice) -> Perception:
+    def __getitem__(self, index: SupportsIndex | slice) -> Perception:
         """Return the perception of one image (as a batch of one) or of a range of images.
 
         Raises:
             IndexError: there is no such image.
         """
-        if isinstance(index, int) and not -self.batch <= index < self.batch:
-            raise IndexError(f"image {index} of a perception of {self.batch}")
-        rows = slice(index, index + 1 or None) if isinstance(index, int) else index
-        return Perception(**{name: value[rows] for name, value in self.known().items()})
+        if not isinstance(index, slice):
+            image = operator.index(index)
+            if not -self.batch <= image < self.batch:
+                raise IndexError(f"image {image} of a perception of {self.batch}")
+            index = slice(image, image + 1 or None)
+        return Perception(**{name: value[index] for name, value in self.known().items()})
 
     def detach(self) -> Perception:
         """Return the same perception, cut from the graph that made it."""
@@ -187,18 +191,20 @@ class ValueRange:
         if self.is_unit:
             return image
         mean, std = self._columns(image)
-        return image * std + mean
+        return (image * std + mean).to(image.dtype)
 
     def from_unit(self, image: Tensor) -> Tensor:
         """Map (B, C, H, W) from [0, 1] to the backbone's range."""
         if self.is_unit:
             return image
         mean, std = self._columns(image)
-        return (image - mean) / std
+        return ((image - mean) / std).to(image.dtype)
 
     def _columns(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1)
-        return image.new_tensor(self.mean).view(shape), image.new_tensor(self.std).view(shape)
+        """Mean and std, in single precision or better: half a precision has no 1 / 255."""
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        mean, std = (image.new_tensor(each, dtype=dtype) for each in (self.mean, self.std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
 
 def _plain(value: object) -> object:

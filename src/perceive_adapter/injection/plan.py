@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, cast
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ __all__ = ["Geometry", "Layout", "Site", "SitePlan"]
 
 MAX_SCALE = 32
 MAX_PROBE = 8192
+MAX_SCALE_PARTS = 16  # of a fractional scale, such as the 3 of 4 / 3
 
 Role = Literal["level", "layer"]
 
@@ -25,12 +27,14 @@ class Layout:
 
     ``NCHW`` is (0, 1), ``NHWC`` and tokens (B, N, C) are (0, -1). Where windows or positions are
     folded into the batch axis, ``order`` says whether the rows of one image lie together
-    ("major") or whether the images alternate ("minor").
+    ("major") or whether the images alternate ("minor"). It is "unknown" where the dry run had one
+    row for each image: should there be more, as where a network cuts large images into tiles, a
+    batch of several perceptions is refused.
 
     Args:
         batch_axis: 0 or 1.
         channel_axis: 1 or -1.
-        order: "major" or "minor".
+        order: "major", "minor" or "unknown".
 
     Raises:
         ConfigError: another axis.
@@ -38,7 +42,7 @@ class Layout:
 
     batch_axis: int = 0
     channel_axis: int = 1
-    order: Literal["major", "minor"] = "major"
+    order: Literal["major", "minor", "unknown"] = "unknown"
 
     def __post_init__(self) -> None:
         if (self.batch_axis, self.channel_axis) not in ((0, 1), (0, -1), (1, -1)):
@@ -55,7 +59,7 @@ class Layout:
             features: feature map whose batch axis holds B images, or a multiple (windows).
 
         Raises:
-            PerceptionError: the batch axis is no multiple of B.
+            PerceptionError: the batch axis is no multiple of B, or one of unknown order.
         """
         value = self.per_row(value, features.shape[self.batch_axis])
         shape = [1] * features.ndim
@@ -73,12 +77,12 @@ class Layout:
             (G, C, N), each row of one image; :meth:`per_row` gives it what belongs to that image.
 
         Raises:
-            PerceptionError: the batch axis is no multiple of ``images``.
+            PerceptionError: the batch axis is no multiple of ``images``, or one of unknown order.
         """
         self._times(images, features.shape[self.batch_axis])
         if self.channel_axis == 1:
             return features.flatten(2)
-        if images == 1 or (self.batch_axis == 0 and self.order == "major"):
+        if images == 1 or (self.batch_axis == 0 and self.order != "minor"):
             return features.reshape(images, -1, features.shape[-1]).transpose(1, 2)
         tokens = features if self.batch_axis == 0 else features.transpose(0, 1)
         return tokens.flatten(1, -2).transpose(1, 2)
@@ -106,7 +110,9 @@ class Layout:
         return value.repeat(times, *[1] * (value.ndim - 1))
 
     def _times(self, images: int, rows: int) -> int:
-        if images not in (1, rows) and rows % images:
+        if images in (1, rows):
+            return rows // images
+        if rows % images:
             remedy = "give one perception for each image of the batch"
             if rows < images:
                 remedy += f"; a network that takes its batch in parts, call with {rows} images"
@@ -114,12 +120,19 @@ class Layout:
                 f"the perception is of {images} images, and a site sees {rows} rows, which is "
                 f"no multiple of it; {remedy}"
             )
+        if self.order == "unknown":
+            raise PerceptionError(
+                f"the perception is of {images} images, and a site sees {rows} rows, where the dry "
+                "run had one for each image: the network cuts or repeats its images, and which row "
+                "is whose is not known; run the images one by one, or wrap the network with an "
+                "example= as large as these"
+            )
         return rows // images
 
     def __str__(self) -> str:
         axes = {(0, 1): "NCHW", (0, -1): "N..C", (1, -1): "LNC"}
         name = axes[self.batch_axis, self.channel_axis]
-        return name if self.order == "major" else f"{name} (alternating)"
+        return f"{name} (alternating)" if self.order == "minor" else name
 
 
 @dataclass(frozen=True)
@@ -229,6 +242,11 @@ class SitePlan:
     def stride(self) -> int:
         """Coarsest stride of any site, at least 1."""
         return max([1, *(round(site.stride) for site in self.sites if site.stride)])
+
+    @property
+    def scale_parts(self) -> int:
+        """Input pixels after which a whole output pixel begins; the denominator of the scale."""
+        return Fraction(self.scale).limit_denominator(MAX_SCALE_PARTS).denominator
 
     def replace(self, **changes: object) -> SitePlan:
         """Return a copy with some fields changed."""

@@ -25,6 +25,7 @@ __all__ = [
     "image_argument",
     "image_in",
     "quiet",
+    "tensors_in",
     "trace",
     "weight_like_images",
 ]
@@ -318,7 +319,7 @@ def image_in(output: Any, batch: int) -> Tensor:
     """
     images = [
         tensor
-        for tensor in _tensors(output)
+        for tensor in tensors_in(output)
         if tensor.ndim == 4 and tensor.shape[0] == batch and tensor.is_floating_point()
     ]
     if images:
@@ -329,16 +330,17 @@ def image_in(output: Any, batch: int) -> Tensor:
     )
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a network returned: a tensor, or a nest of containers."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
-        yield from (t for value in output.values() for t in _tensors(value))
+        yield from (t for value in output.values() for t in tensors_in(value))
     elif isinstance(output, Sequence) and not isinstance(output, str):
-        yield from (t for value in output for t in _tensors(value))
+        yield from (t for value in output for t in tensors_in(value))
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         yield from (
-            t for f in dataclasses.fields(output) for t in _tensors(getattr(output, f.name))
+            t for f in dataclasses.fields(output) for t in tensors_in(getattr(output, f.name))
         )
 
 

@@ -117,7 +117,8 @@ class GatedLowRank(nn.Module):
 
     ``out + up(gate(condition) * down(x))``: ``down`` has the layer's kernel, stride and padding,
     ``up`` is 1 x 1 and starts at zero, the gate is linear and starts near one. With one condition
-    the branch is the weight ``up diag(gate) down``, which :meth:`folded` adds to the layer's.
+    the branch is the weight ``up diag(gate) down``, which
+    :meth:`~.branches.Branches.folded` adds to the layer's.
 
     Source: LoRA, https://arxiv.org/abs/2106.09685, gated by the perception of Perceive-IR,
     https://arxiv.org/abs/2408.15994.

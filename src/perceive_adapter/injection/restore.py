@@ -100,7 +100,8 @@ def _of_each(perception: Perception | None, count: int) -> list[Perception | Non
 def _grid(model: PerceiveModel, image: Tensor, tile: int | None, overlap: int) -> Grid:
     """Return how images of this size are cut; to find out runs the bare backbone."""
     height, width = _padded_size(model, image)
-    align = math.lcm(model.size_multiple, model.sites.stride) if tile else 1
+    plan = model.sites
+    align = math.lcm(model.size_multiple, plan.stride, plan.scale_parts) if tile else 1
     height, width = (_round_up(side, align) for side in (height, width))
     wanted = _tile_side(model, tile, overlap, align) if tile else max(height, width)
     return Grid((height, width), (min(wanted, height), min(wanted, width)), overlap, align)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from perceive_adapter.errors import BackboneError, PerceptionError
 from perceive_adapter.injection.branches import Ready
+from perceive_adapter.injection.freezing import FrozenBackbone
+from perceive_adapter.injection.probe import tensors_in
 
 __all__ = ["ConditionState", "ForwardPass", "Lock", "Passes"]
 
@@ -40,12 +43,22 @@ class ForwardPass:
         self.told: dict[ConditionState, Told] = {}
         self.held = False
         self.over = False
+        self.task: int | None = None  # of autograd, in which its backward pass runs
+
+    def watch(self, output: Any) -> None:
+        """Know its backward pass by what the network has returned, through which that begins."""
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._begin)  # type: ignore[no-untyped-call]
 
     def hold(self, features: Tensor) -> None:
         """Live as long as the graph of ``features``, the first that a prompt has changed."""
         if not self.held and features.requires_grad:
             features.register_hook(self._end)  # type: ignore[no-untyped-call]
             self.held = True
+
+    def _begin(self, gradient: Tensor) -> None:
+        self.task, self.over = torch._C._current_graph_task_id(), False
 
     def _end(self, gradient: Tensor) -> None:
         # The backward pass has come to the first prompt: no hook runs again after that.
@@ -75,12 +88,14 @@ class Passes:
             PerceptionError: it may be one of several.
         """
         alive = [this for this in self._alive if this.held]
+        task = torch._C._current_graph_task_id()
+        alive = [this for this in alive if this.task == task] or alive
         waiting = [this for this in alive if not this.over] or alive
         if len(waiting) > 1:
             raise PerceptionError(
-                f"activation checkpointing runs the network again, and {len(waiting)} forward "
-                "passes wait for their backward pass, each with its own perception; run the "
-                "backward pass after each forward pass, or turn checkpointing off"
+                f"activation checkpointing runs the network again, and it is not known in which of "
+                f"{len(waiting)} forward passes, each with its own perception, whose results are "
+                "still there: run a backward pass for each, or turn checkpointing off"
             )
         return waiting[0] if waiting else None
 
@@ -93,16 +108,24 @@ class ConditionState:
 
     ``armed`` says whether a forward pass that set it is under way, so that the backbone, called by
     itself, never runs on a stale one; ``thread`` whose it is, since meanwhile the backward pass of
-    another thread may run the hooks again.
+    another thread may run the hooks again. Hooks outlive the injector: ``owner`` says whether there
+    still is one, and ``frozen`` what its model did to the backbone.
     """
 
     def __init__(self) -> None:
+        self.owner: weakref.ref[Any] | None = None
+        self.frozen: FrozenBackbone | None = None
         self.enabled = True
         self.armed = False
         self.thread: int | None = None
         self.passes = Passes()
         self.now: Told | None = None
         self.this: ForwardPass | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the injector is gone, and only the hooks are left; not known of copies."""
+        return self.owner is not None and self.owner() is None
 
     def arm(
         self,
@@ -154,6 +177,11 @@ class ConditionState:
             )
         return told
 
+    def watch(self, output: Any) -> None:
+        """See :meth:`ForwardPass.watch`, of the pass under way."""
+        if self.this is not None:
+            self.this.watch(output)
+
     def hold(self, features: Tensor) -> None:
         """Keep the pass under way for as long as the graph of these features."""
         if torch.compiler.is_compiling() or self.this is None or self._runs_again():
@@ -193,6 +221,11 @@ class ConditionState:
     def _current(self) -> Told | None:
         if not self.enabled:
             return None
+        if self.lost:
+            raise BackboneError(
+                "the model that wrapped this network is gone, and its hooks are still there: "
+                "wrap() it again, which takes them off"
+            )
         if not self.armed:
             raise PerceptionError(
                 "the wrapped backbone was called by itself, without a fresh perception; call the "

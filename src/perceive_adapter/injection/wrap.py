@@ -30,7 +30,7 @@ from perceive_adapter.injection.checkpoint import (
     read_adapter,
 )
 from perceive_adapter.injection.discovery import plan_sites
-from perceive_adapter.injection.injector import PromptInjector, check_backbone
+from perceive_adapter.injection.injector import PromptInjector, check_backbone, release_lost
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.probe import image_argument
@@ -110,6 +110,7 @@ def wrap(
         >>> model.print_trainable_parameters()
         trainable: ... level and 2 layer sites
     """
+    release_lost(backbone)
     check_backbone(backbone, without_weights=pretrained is not None)
     _check_arguments(backbone)
     named = perceiver if isinstance(perceiver, (str, os.PathLike)) else None

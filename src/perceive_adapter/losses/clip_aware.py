@@ -54,7 +54,8 @@ class ClipAwareLoss(nn.Module):
                 probabilities (B, K) with K of at least 2, or it stops the gradient.
         """
         image = full_precision(check_image("restored", restored))
-        tiers = self._checked_tiers(self.perceiver(image), image)
+        with torch.autocast(image.device.type, enabled=False):
+            tiers = self._checked_tiers(self.perceiver(image), image)
         return (1 - full_precision(tiers[:, -1])).mean()
 
     def _checked_tiers(self, perceived: object, image: Tensor) -> Tensor:

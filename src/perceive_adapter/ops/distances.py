@@ -63,11 +63,12 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, *references: Tensor) -> Tensor:
         ctx.save_for_backward(rows, *references)
-        found = rows.new_zeros(len(references), len(rows))
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        found = rows.new_zeros(len(references), len(rows), dtype=wide)
         for of_rows, block, others in _blocks(found, rows, references):
             for of_one, other in zip(of_rows, others, strict=True):
-                of_one += torch.sub(block, other).abs_().sum(1)
-        return found.div_(rows.shape[1])
+                of_one += torch.sub(block, other).abs_().sum(1, dtype=wide)
+        return found.div_(rows.shape[1]).to(rows.dtype)
 
     @staticmethod
     @once_differentiable

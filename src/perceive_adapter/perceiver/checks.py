@@ -50,7 +50,8 @@ def check_range(views: Tensor) -> None:
     if _LARGEST < largest < math.inf:
         raise ImageError(
             f"the perceiver got an image with values up to {largest:.4g}: expected RGB in [0, 1]. "
-            "Divide 8-bit images by 255."
+            "Divide 8-bit images by 255; of a network that takes such images, wrap(..., "
+            "value_range=(0, 255)) does it."
         )
     if -math.inf < lowest < _LOWEST and (share := float((views < 0).float().mean())) > _NEGATIVE:
         warn(

@@ -34,8 +34,6 @@ class PromptEncoder(nn.Module):
             short.
     """
 
-    mask: Tensor
-
     def __init__(self, clip: Any, length: int) -> None:
         super().__init__()
         text = _text_tower(clip)
@@ -52,15 +50,14 @@ class PromptEncoder(nn.Module):
         self.embedding_dim: int = text.positional_embedding.shape[1]
         if weight is not None:
             self.embedding_dim = weight.shape[0]
-        # On the CPU also while the weights are built on the meta device: no checkpoint fills it.
-        mask = torch.full((length, length), float("-inf"), device="cpu").triu(1)
-        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Encode (K, L, W) token embeddings, the last one the end of the text, to (K, E)."""
         length = embeddings.shape[1]
         tokens = embeddings.to(self.positions.dtype) + self.positions[:length]
-        tokens = self.norm(self.transformer(tokens, attn_mask=self.mask[:length, :length]))
+        # No buffer: what averages a model's buffers would make NaN of infinite ones.
+        causal = tokens.new_full((length, length), float("-inf")).triu(1)
+        tokens = self.norm(self.transformer(tokens, attn_mask=causal))
         features: Tensor = self.projection(tokens[:, -1])
         return features
 

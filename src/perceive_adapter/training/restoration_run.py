@@ -157,7 +157,8 @@ class RestorationRun:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             with torch.no_grad():
-                torch._foreach_lerp_(self.ema, self.parameters, 1 - self.recipe.ema)
+                decay = min(self.recipe.ema, (1 + step) / (10 + step))  # so that the start fades
+                torch._foreach_lerp_(self.ema, self.parameters, 1 - decay)
 
     def _terms(self, step: int, samples: RestorationSample) -> dict[str, Tensor]:
         try:

@@ -19,6 +19,7 @@ from perceive_adapter.modes import keeping_modes
 from perceive_adapter.training.loop import Schedule
 from perceive_adapter.training.mediums import MediumSource
 from perceive_adapter.training.restoration import Perceive, RestorationStep, check_patch
+from perceive_adapter.warning import warn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,10 +39,11 @@ class Stage2:
     Args:
         schedule: optimizer steps and learning rates.
         batch: samples of an optimizer step, over all processes and accumulated passes.
-        accumulate: forward and backward passes that make one optimizer step.
+        accumulate: forward and backward passes that make one optimizer step. The contrastive loss
+            compares the images of a pass.
         weights: of the objective's terms.
         ema: decay of the exponential moving average of the weights, in [0, 1), which is what the
-            model ends with; 0 for none.
+            model ends with; 0 for none. In the first steps n it is (1 + n) / (10 + n) at most.
         probe: samples of each task that are restored anew every so often, for the PSNR that is
             shown and that the difficulty of medium images is compared with.
         probe_every: optimizer steps between two such looks.
@@ -121,8 +123,8 @@ def train_restoration(
 
     Raises:
         ConfigError: nothing in the model is trainable, the batch cannot be shared out evenly,
-            there are mediums and no difficulty-adaptive loss, or a CLIP-aware loss and no
-            perceiver.
+            there are mediums and no difficulty-adaptive loss, a CLIP-aware loss and no perceiver,
+            or a contrastive loss and passes of one image.
         BackboneError: the wrapped network takes no RGB image, is an upscaler, or cannot run on
             patches of this size.
         CheckpointError: the checkpoint is damaged, or of another run: another recipe, objective,
@@ -143,6 +145,7 @@ def train_restoration(
             "mediums are for the difficulty-adaptive loss, whose weight is 0: leave them out, or "
             "give it a weight."
         )
+    _check_negatives(model, objective, recipe)
     step = RestorationStep(model, objective, perceive, mediums)
     check_patch(model, data.patch)
     accelerator = accelerator or Accelerator()
@@ -158,6 +161,28 @@ def train_restoration(
             if checkpoint is not None and (done % every == 0 or done == recipe.schedule.steps):
                 run.save(checkpoint, done)
         run.finish()
+
+
+def _check_negatives(model: nn.Module, objective: RestorationObjective, recipe: Stage2) -> None:
+    """Tell of a contrastive loss whose negatives are fewer than those of a whole batch.
+
+    Raises:
+        ConfigError: there are none, in passes of one image.
+    """
+    contrasts = isinstance(model, PerceiveModel) and objective.contrastive is not None
+    if not contrasts or recipe.accumulate == 1:
+        return
+    images = recipe.batch // recipe.accumulate
+    if images < 2:
+        raise ConfigError(
+            f"{recipe.accumulate} accumulated passes for a batch of {recipe.batch}: the "
+            "contrastive loss compares the images of a pass, and here there is one. Accumulate "
+            "less, or give it the weight 0."
+        )
+    warn(
+        f"the contrastive loss compares the {images} images of a pass, and not the {recipe.batch} "
+        f"of the batch, of which {recipe.accumulate} passes are accumulated."
+    )
 
 
 def objective_for(model: nn.Module, weights: ObjectiveWeights) -> RestorationObjective:

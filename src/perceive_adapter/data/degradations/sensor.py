@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -55,8 +56,18 @@ def correlated_noise(image: Tensor, severity: Tensor, generator: torch.Generator
     mixed = 3**0.5 * angle.cos() * luminance + 1.5**0.5 * angle.sin() * (drawn - luminance)
     axis = torch.arange(-3, 4, device=image.device, dtype=image.dtype)
     kernel = torch.exp(-0.5 * (axis**2 + axis.view(-1, 1) ** 2) / width**2)
-    gain = kernel.square().sum((1, 2)).rsqrt().view(-1, 1, 1, 1)
-    return image + _sigma(severity) * gain * convolve(mixed, kernel)
+    return image + _sigma(severity) * _smeared(mixed, kernel)
+
+
+def _smeared(noise: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve noise (B, C, H, W) with kernels (B, K, K), of one variance up to the border."""
+    margin = kernel.shape[-1] // 2
+    inside = noise.new_ones(len(noise), 1, *noise.shape[-2:])
+    smeared, variance = (
+        convolve(F.pad(part, (margin,) * 4), weights, padded=True)
+        for part, weights in ((noise, kernel), (inside, kernel.square()))
+    )
+    return smeared * variance.rsqrt()
 
 
 def low_light(image: Tensor, severity: Tensor, generator: torch.Generator | None) -> Tensor:
