@@ -43,7 +43,7 @@ def main() -> None:
     model.treat(*find_treated(model, data))
     model.print_trainable_parameters()
 
-    recipe = replace(ADAPTER, schedule=ADAPTER.schedule.lasting(arguments.steps))
+    recipe = replace(ADAPTER, schedule=ADAPTER.schedule.with_steps(arguments.steps))
     train_restoration(model, data, recipe=recipe, checkpoint=arguments.out / "state.pt")
     model.save_pretrained(arguments.out)
     print(f"Saved in {str(arguments.out)!r}.")

@@ -47,7 +47,7 @@ def main() -> None:
     train_restoration(
         model,
         data,
-        recipe=replace(ADAPTER, schedule=ADAPTER.schedule.lasting(arguments.steps), ema=0.999),
+        recipe=replace(ADAPTER, schedule=ADAPTER.schedule.with_steps(arguments.steps), ema=0.999),
         accelerator=accelerator,
         checkpoint=arguments.out / "state.pt",
     )

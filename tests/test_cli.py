@@ -30,14 +30,14 @@ from safetensors.torch import load_file, save_file
 
 from perceive_adapter import ConfigError, ImageError, QualityPerceiver, UnseenTaskWarning
 from perceive_adapter.cli import COMMANDS, _parsers, main
-from perceive_adapter.cli.finetune_data import Found, find_data
+from perceive_adapter.cli.finetune_data import TrainingFiles, find_data
 from perceive_adapter.cli.options import device, integer, rate, read_path, with_config
 from perceive_adapter.data import FAMILIES, KINDS
 from perceive_adapter.data.contents import content_digest
 from perceive_adapter.data.pairs import Pair, read_pair
 from perceive_adapter.data.photos import load_photos
 from perceive_adapter.perceiver.towers import build_clip
-from perceive_adapter.training.aside import set_aside
+from perceive_adapter.training.holdout import set_aside
 from perceive_adapter.training.pretrain import TinyTowers, as_perceiver
 from perceive_adapter.training.runs import audit_elsewhere, split_photos
 
@@ -1154,7 +1154,7 @@ def pair_files(folder: Path, name: str, scene: int, damage: int = 100) -> None:
         Image.fromarray(shown.astype(np.uint8)).save(file)
 
 
-def contents(found: Found) -> tuple[set[bytes], set[bytes]]:
+def contents(found: TrainingFiles) -> tuple[set[bytes], set[bytes]]:
     """What is trained on, and what is set aside, as pixels."""
 
     def pixels(pairs: Sequence[Pair]) -> set[bytes]:
@@ -1165,7 +1165,7 @@ def contents(found: Found) -> tuple[set[bytes], set[bytes]]:
     return pixels(found.pairs) | photos, pixels(found.held_pairs) | held
 
 
-def held_counts(found: Found) -> dict[str, tuple[int, int]]:
+def held_counts(found: TrainingFiles) -> dict[str, tuple[int, int]]:
     groups = {pair.group for pair in (*found.pairs, *found.held_pairs)}
     return {
         group: tuple(

@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -194,14 +195,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
         return None
-    options = [arg for arg in args if arg is not type(None)]
+    *options, last = (arg for arg in args if arg is not type(None))
     for option in options:
-        try:
+        with suppress(CheckpointError):
             return _convert(option, value, where)
-        except CheckpointError:
-            if option is options[-1]:
-                raise
-    raise CheckpointError(f"{where}: expected a value, found {_short(value)}")
+    return _convert(last, value, where)
 
 
 def _name(hint: Any) -> str:

@@ -33,6 +33,7 @@ __all__ = [
     "replacing",
     "save_folder",
     "table_cell",
+    "write_json",
 ]
 
 CARD_NAME = "README.md"
@@ -341,3 +342,8 @@ def _listing(folder: Path) -> str:
 def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file beside the old one and move it into place."""
+    replace_file(file, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

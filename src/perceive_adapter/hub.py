@@ -22,7 +22,7 @@ from perceive_adapter.warning import warn
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["HubOptions", "check_options", "load", "push_folder", "resolve"]
+__all__ = ["HubOptions", "PushOptions", "check_options", "load", "push_folder", "resolve"]
 
 _PATTERNS = ("*.json", "*.safetensors", CARD_NAME)
 _REPO_ID = re.compile(
@@ -37,6 +37,15 @@ class HubOptions(TypedDict, total=False):
     token: str | bool | None
     cache_dir: str | Path | None
     local_files_only: bool
+
+
+class PushOptions(TypedDict, total=False):
+    """How a Hub repository is written: what :func:`push_folder` takes by keyword."""
+
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    commit_message: str | None
 
 
 def check_options(options: HubOptions, function: str, pretrained: object) -> None:

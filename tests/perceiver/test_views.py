@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from perceive_adapter.data.traced_views import traced_views
-from perceive_adapter.data.views import even_views, native_views, turned_views
+from perceive_adapter.data.views import even_views, flipped_views, native_views
 from perceive_adapter.errors import ConfigError, ImageError
 
 
@@ -142,7 +142,7 @@ class Mean(torch.nn.Module):
 
 def test_views_are_turned_by_row_and_column() -> None:
     image = torch.rand(2, 3, 90, 120)  # three rows and four columns
-    views, turned = (cut(image, 32, 16, 8) for cut in (even_views, turned_views))
+    views, turned = (cut(image, 32, 16, 8) for cut in (even_views, flipped_views))
     for index in range(12):
         flips = [2] * (index // 4 % 2) + [3] * (index % 2)
         assert torch.equal(turned[:, index], views[:, index].flip(flips))
@@ -151,7 +151,7 @@ def test_views_are_turned_by_row_and_column() -> None:
 def test_a_lone_view_is_given_both_ways() -> None:
     image = torch.rand(2, 3, 20, 30)
     view = even_views(image, 32, 16, 8)
-    assert torch.equal(turned_views(image, 32, 16, 8), torch.cat([view, view.flip(4)], dim=1))
+    assert torch.equal(flipped_views(image, 32, 16, 8), torch.cat([view, view.flip(4)], dim=1))
 
 
 @pytest.mark.parametrize(("axis", "other_side"), [(2, [2, 3, 0, 1]), (3, [1, 0, 3, 2])])
@@ -159,12 +159,12 @@ def test_a_flipped_image_has_the_same_views_in_two_rows_and_columns(
     axis: int, other_side: list[int]
 ) -> None:
     image = torch.rand(1, 3, 60, 64)
-    views, flipped = (turned_views(i, 32, 16) for i in (image, image.flip(axis)))
+    views, flipped = (flipped_views(i, 32, 16) for i in (image, image.flip(axis)))
     assert torch.equal(flipped[:, other_side], views)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("views", [native_views, turned_views])
+@pytest.mark.parametrize("views", [native_views, flipped_views])
 def test_compiles_in_one_graph_for_any_size(
     views: Callable[..., torch.Tensor], multiple: int
 ) -> None:
@@ -177,7 +177,7 @@ def test_compiles_in_one_graph_for_any_size(
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("views", [native_views, turned_views])
+@pytest.mark.parametrize("views", [native_views, flipped_views])
 def test_exports(views: Callable[..., torch.Tensor], multiple: int) -> None:
     image = torch.rand(1, 3, 60, 41)
     module = Mean(views, multiple)
@@ -185,7 +185,7 @@ def test_exports(views: Callable[..., torch.Tensor], multiple: int) -> None:
     assert torch.equal(exported.module()(image), module(image))
 
 
-@pytest.mark.parametrize("views", [native_views, turned_views])
+@pytest.mark.parametrize("views", [native_views, flipped_views])
 @pytest.mark.parametrize("size", [(64, 32), (60, 41), (20, 150)])
 def test_a_graph_is_exported_for_images_of_any_size(
     views: Callable[..., torch.Tensor], size: tuple[int, int]
@@ -201,7 +201,7 @@ def test_a_graph_is_exported_for_images_of_any_size(
 
 @pytest.mark.parametrize(("limit", "multiple"), [(1, 1), (3, 8), (4, 1), (16, 8)])
 def test_traced_views_are_those_of_images_whose_size_is_known(limit: int, multiple: int) -> None:
-    cuts = [(native_views, False, False), (even_views, True, False), (turned_views, True, True)]
+    cuts = [(native_views, False, False), (even_views, True, False), (flipped_views, True, True)]
     for height, width in itertools.product([1, 8, 15, 31, 32, 33, 64, 70, 129, 300], repeat=2):
         image = positions(height, width)
         for views, even, turned in cuts:
@@ -210,7 +210,7 @@ def test_traced_views_are_those_of_images_whose_size_is_known(limit: int, multip
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("views", [native_views, turned_views])
+@pytest.mark.parametrize("views", [native_views, flipped_views])
 def test_errors(views: Callable[..., torch.Tensor]) -> None:
     for size, limit, multiple in [(0, 1, 1), (1, 0, 1), (-3, 4, 1), (4, 4, 0)]:
         with pytest.raises(ConfigError, match=f"{size=}, {limit=} and {multiple=}"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import CheckpointError, ConfigError, TrainingError
-from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
+from perceive_adapter.training.loop import Prefetcher, Schedule, seeded, train
 
 SCHEDULE = Schedule(steps=12, learning_rate=1e-2, warmup=3, weight_decay=0.1)
 
@@ -240,27 +240,27 @@ class TestAhead:
     """The samples of a step are drawn while the step before is trained."""
 
     def test_gives_the_samples_of_the_step_that_is_asked_for(self) -> None:
-        with Ahead(lambda step: step**2, steps=6) as ahead:
-            assert [ahead(step) for step in (2, 3, 4, 0, 1, 1, 5)] == [4, 9, 16, 0, 1, 1, 25]
+        with Prefetcher(lambda step: step**2, steps=6) as prefetched:
+            assert [prefetched(step) for step in (2, 3, 4, 0, 1, 1, 5)] == [4, 9, 16, 0, 1, 1, 25]
 
     def test_draws_the_next_step_meanwhile_and_none_after_the_last(self) -> None:
         drawn: queue.Queue[int] = queue.Queue()
-        with Ahead(drawn.put, steps=2) as ahead:
-            ahead(0)
+        with Prefetcher(drawn.put, steps=2) as prefetched:
+            prefetched(0)
             assert [drawn.get(timeout=10), drawn.get(timeout=10)] == [0, 1]
-            ahead(1)
+            prefetched(1)
         assert drawn.empty()
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_processes_give_the_same(self, workers: int) -> None:
         state = torch.get_rng_state()
-        with Ahead(lambda step: torch.full((2,), step), 6, workers) as ahead:
-            assert [int(ahead(step)[0]) for step in (2, 3, 4, 0, 1, 2)] == [2, 3, 4, 0, 1, 2]
+        with Prefetcher(lambda step: torch.full((2,), step), 6, workers) as prefetched:
+            assert [int(prefetched(step)[0]) for step in (2, 3, 4, 0, 1, 2)] == [2, 3, 4, 0, 1, 2]
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_what_goes_wrong_there_is_raised_here(self) -> None:
         def draw(step: int) -> None:
             raise Killed
 
-        with Ahead(draw, steps=2) as ahead, pytest.raises(Killed):
-            ahead(0)
+        with Prefetcher(draw, steps=2) as prefetched, pytest.raises(Killed):
+            prefetched(0)

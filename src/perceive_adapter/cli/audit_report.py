@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from perceive_adapter.training.runs import write_json
+from perceive_adapter.folders import write_json
 
 if TYPE_CHECKING:
     from perceive_adapter.perceiver.audit import Audit

@@ -142,8 +142,7 @@ def _write(
     shown: dict[str, dict[str, Tensor]],
 ) -> None:
     from perceive_adapter.evaluation.report import draw_bars, draw_grid, stamp, table, write_csv
-    from perceive_adapter.folders import replace_file
-    from perceive_adapter.training.runs import write_json
+    from perceive_adapter.folders import replace_file, write_json
 
     made = stamp(arguments.protocol, arguments.device)
     for name in ("backbone", "adapter", "data", "tile", "limit"):

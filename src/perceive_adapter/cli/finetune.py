@@ -18,7 +18,7 @@ from perceive_adapter.errors import ConfigError, UnseenTaskWarning
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from perceive_adapter.cli.finetune_data import Found
+    from perceive_adapter.cli.finetune_data import TrainingFiles
     from perceive_adapter.data.restoration import RestorationData
     from perceive_adapter.injection.model import PerceiveModel
     from perceive_adapter.training.mediums import MediumSource
@@ -196,7 +196,7 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _check_tasks(tasks: list[str], found: Found) -> None:
+def _check_tasks(tasks: list[str], found: TrainingFiles) -> None:
     if tasks != _TASKS and not found.photos:
         raise ConfigError(
             f"--tasks {' '.join(tasks)} names degradations of clean photographs, and --data holds "
@@ -237,7 +237,7 @@ def _treat_by_itself(
     model: PerceiveModel, data: RestorationData, file: Path, accelerator: Accelerator
 ) -> None:
     """Let the adapter treat what it should; what was found once counts for the whole run."""
-    from perceive_adapter.training.runs import write_json
+    from perceive_adapter.folders import write_json
     from perceive_adapter.training.treated import find_treated
 
     begun = any(file.parent.glob("*.pt"))
@@ -262,7 +262,7 @@ def _logged(arguments: Namespace) -> dict[str, Any]:
     return {"log_with": "tensorboard", "project_dir": str(arguments.out / "logs")}
 
 
-def _introduce(model: PerceiveModel, data: RestorationData, found: Found) -> None:
+def _introduce(model: PerceiveModel, data: RestorationData, found: TrainingFiles) -> None:
     """Say what is trained, on what, and what was skipped."""
     status = model.status()
     limits = "works on every image" if status.treats is None else "leaves other images alone"
@@ -276,12 +276,12 @@ def _introduce(model: PerceiveModel, data: RestorationData, found: Found) -> Non
 
 
 def _save(
-    arguments: Namespace, model: PerceiveModel, found: Found, accelerator: Accelerator
+    arguments: Namespace, model: PerceiveModel, found: TrainingFiles, accelerator: Accelerator
 ) -> None:
     """Save the adapter, measure it on what was set aside, and put the figures into its card."""
     from perceive_adapter.evaluation.measure import compare
     from perceive_adapter.evaluation.report import group_means, table
-    from perceive_adapter.injection.checkpoint import is_sharded
+    from perceive_adapter.weights import is_sharded
 
     sharded = any(map(is_sharded, model.parameters()))
     if sharded or accelerator.is_main_process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from perceive_adapter.data.pairs import Pair
     from perceive_adapter.evaluation.cases import Case
 
-__all__ = ["LARGEST", "Found", "find_data"]
+__all__ = ["LARGEST", "TrainingFiles", "find_data"]
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ LARGEST: Final = 1200
 _MEASURED = 40  # images of a task that are measured at the end
 
 
-class Found(NamedTuple):
+class TrainingFiles(NamedTuple):
     """What all folders hold: to train on, and set aside.
 
     Args:
@@ -59,7 +60,7 @@ class Found(NamedTuple):
         return [*pair_cases(pairs), *made]
 
 
-def find_data(folders: Sequence[Path], broken: str) -> Found:
+def find_data(folders: Sequence[Path], broken: str) -> TrainingFiles:
     """Search folders, each of which holds sets of pairs or else clean photographs.
 
     Raises:
@@ -85,7 +86,7 @@ def find_data(folders: Sequence[Path], broken: str) -> Found:
             if skipped
             else "--data leaves nothing to train on. Add images."
         )
-    return Found(
+    return TrainingFiles(
         tuple(pairs),
         tuple(photos),
         tuple(pair for pair in held_pairs if _is_measurable(pair, skip, skipped)),
@@ -156,7 +157,7 @@ class _Listing:
 
     def set_aside(self) -> set[str]:
         """Choose contents: whole sets of a task that has enough, since frames of one are alike."""
-        from perceive_adapter.training.aside import FEWEST, set_aside
+        from perceive_adapter.training.holdout import FEWEST, set_aside
 
         tasks = [
             list(sets.values())
@@ -182,7 +183,8 @@ def _divide(items: Iterable[tuple[str, T]], held: Collection[str]) -> tuple[list
 
 def _spread(items: Sequence[T], most: int) -> Sequence[T]:
     """Take so many at most, from all over: frames of a scene are alike."""
-    return items[:: -(-len(items) // most) or 1]
+    step = max(1, math.ceil(len(items) / most))
+    return items[::step]
 
 
 def _read(paths: Sequence[Path], skip: bool, skipped: list[str]) -> list[Tensor]:

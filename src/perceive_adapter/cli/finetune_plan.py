@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
-    from perceive_adapter.cli.finetune_data import Found
+    from perceive_adapter.cli.finetune_data import TrainingFiles
     from perceive_adapter.data.restoration import RestorationData
     from perceive_adapter.injection.model import PerceiveModel
     from perceive_adapter.training.mediums import MediumSource
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["make_data", "make_recipe", "options_of"]
 
 
-def make_data(found: Found, arguments: Namespace) -> RestorationData:
+def make_data(found: TrainingFiles, arguments: Namespace) -> RestorationData:
     """Make what training draws from.
 
     Raises:
@@ -71,7 +71,7 @@ def make_recipe(arguments: Namespace) -> Stage2:
             f"{arguments.learning_rate:g}: expected it to fall. Give both."
         )
     schedule = replace(
-        ADAPTER.schedule.lasting(arguments.steps),
+        ADAPTER.schedule.with_steps(arguments.steps),
         learning_rate=arguments.learning_rate,
         final_learning_rate=arguments.final_learning_rate,
     )
@@ -88,7 +88,7 @@ def make_recipe(arguments: Namespace) -> Stage2:
 def options_of(
     arguments: Namespace,
     recipe: Stage2,
-    found: Found,
+    found: TrainingFiles,
     model: PerceiveModel,
     mediums: Sequence[MediumSource],
     precision: str,
@@ -97,7 +97,7 @@ def options_of(
 
     The precision is accelerate's, which may come from its configuration or the environment.
     """
-    from perceive_adapter.injection.checkpoint import fingerprint
+    from perceive_adapter.weights import fingerprint
 
     names = ["rank", "treat", "tasks", "ratios", "context", "patch", "seed", "channels_last"]
     adapter = None

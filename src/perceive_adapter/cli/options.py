@@ -178,7 +178,7 @@ def _as_arguments(flag: str, value: object, action: Action, file: Path) -> list[
     if value is None or value in ([], {}):
         return []
     if not isinstance(value, bool):
-        return [flag, *_told(value)]
+        return [flag, *_as_texts(value)]
     if isinstance(action, BooleanOptionalAction):
         yes, no = action.option_strings
         return [yes if value == (flag == yes) else no]
@@ -196,7 +196,7 @@ def _separated(told: str) -> list[str]:
     return told.split("=", 1) if told.startswith("--config=") else [told]
 
 
-def _told(value: object) -> list[str]:
+def _as_texts(value: object) -> list[str]:
     if isinstance(value, dict):
         return [f"{name}={part}" for name, part in value.items()]
     return [str(part) for part in (value if isinstance(value, list) else [value])]

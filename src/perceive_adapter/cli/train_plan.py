@@ -41,14 +41,14 @@ def facts_of(arguments: Namespace, plan: Plan, split: Split) -> dict[str, float 
         "photographs trained on": len(split.trained),
         "photographs audited": len(split.audit),
         "medium images": arguments.medium,
-        "stage 1": f"{_told(plan.stage1.schedule)}, {plan.stage1.scenes} scenes a step, crops of "
-        f"{', '.join(map(str, plan.stage1.sides))} px"
+        "stage 1": f"{_summary(plan.stage1.schedule)}, {plan.stage1.scenes} scenes a step, "
+        f"crops of {', '.join(map(str, plan.stage1.sides))} px"
         + (f", graded images at weight {plan.stage1.graded:g}" if plan.stage1.graded else ""),
         "seed": arguments.seed,
         "versions": f"perceive_adapter {__version__}, torch {torch.__version__}",
     }
     if plan.pretrain is not None:
-        facts["towers"] = f"{_told(plan.pretrain)}, contrastively, {_origin(plan.start)}"
+        facts["towers"] = f"{_summary(plan.pretrain)}, contrastively, {_origin(plan.start)}"
     return facts
 
 
@@ -58,7 +58,7 @@ def _origin(start: QualityPerceiver | None) -> str:
     return f"from those of the perceiver with the fingerprint {start.fingerprint()[:8]}"
 
 
-def _told(schedule: Schedule) -> str:
+def _summary(schedule: Schedule) -> str:
     rates = f"{schedule.learning_rate:g} to {schedule.final_learning_rate:g}"
     return f"{schedule.steps} steps of AdamW, learning rate {rates}"
 
@@ -132,7 +132,7 @@ def make_plan(arguments: Namespace) -> Plan:
 
 
 def _lasting(schedule: Schedule, steps: int | None) -> Schedule:
-    return schedule if steps is None else schedule.lasting(steps)
+    return schedule if steps is None else schedule.with_steps(steps)
 
 
 def options_of(arguments: Namespace, plan: Plan, photos: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Images to train and measure on: degradations with a known severity."""
 
-from .degradations import (
+from perceive_adapter.data.degradations import (
     DEGRADATIONS,
     FAMILIES,
     FAMILY_OF,

@@ -28,8 +28,11 @@ _ORIENTATION: Final = 0x0112  # EXIF's tag
 _QUARTER_TURNS: Final = (5, 6, 7, 8)
 _TIFF_SIZE: Final = (0x0100, 0x0101)  # width and height as they are stored
 UNREADABLE: Final = (
-    *(OSError, ValueError, SyntaxError),
-    *(RuntimeError, IndexError),  # of AVIF, DDS and QOI files that are damaged
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,  # of AVIF, DDS and QOI files that are damaged, like the next
+    IndexError,
 )
 """What PIL raises of a file that it cannot read."""
 

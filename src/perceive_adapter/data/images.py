@@ -198,8 +198,9 @@ def _from_tensor(image: Tensor) -> Planes:
     alpha = batch[:, split:] if split < batch.shape[1] else None
 
     def pack(out: Tensor) -> Tensor:
-        gray = out.shape[1] == 1  # what was gray may have come to colours
-        return out[(0,) * (missing if gray else min(missing, 1))]
+        # What had neither batch nor channels gets them taken off again, unless it came to colours.
+        dropped = missing if out.shape[1] == 1 else min(missing, 1)
+        return out[(0,) * dropped]
 
     return Planes(batch[:, :split], alpha, pack)
 

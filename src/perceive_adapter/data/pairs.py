@@ -15,7 +15,6 @@ from perceive_adapter.data.file_headers import image_size
 from perceive_adapter.data.images import open_image, read_image
 from perceive_adapter.data.matching import (
     DEGRADED_FOLDERS,
-    MEDIUM_WORD,
     TARGET_FOLDERS,
     File,
     Pair,
@@ -32,9 +31,7 @@ from perceive_adapter.warning import warn
 
 __all__ = [
     "DEGRADED_FOLDERS",
-    "MEDIUM_WORD",
     "TARGET_FOLDERS",
-    "File",
     "FoundPairs",
     "Pair",
     "find_pairs",

@@ -33,8 +33,8 @@ def traced_views(
         size: largest height and width of a view.
         limit: largest number of views.
         multiple: to which sides are rounded.
-        even: whether as ``even_views`` and ``turned_views``, or as ``native_views``.
-        turned: whether as ``turned_views``.
+        even: whether as ``even_views`` and ``flipped_views``, or as ``native_views``.
+        turned: whether as ``flipped_views``.
 
     Returns:
         (B, V, C, h, w), where V, h and w are known when the graph runs.

@@ -8,7 +8,7 @@ from torch import SymInt, Tensor, cat, stack
 from perceive_adapter.data.traced_views import traced_views
 from perceive_adapter.errors import ConfigError, ImageError
 
-__all__ = ["even_views", "native_views", "turned_views"]
+__all__ = ["even_views", "flipped_views", "native_views"]
 
 _Layout: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """Height and width of the views, and in how many rows and columns they lie."""
@@ -90,7 +90,7 @@ def even_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Te
     return _cut(image, *_layout(image, largest, limit, multiple))
 
 
-def turned_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Tensor:
+def flipped_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> Tensor:
     """Cut views as :func:`even_views`, and turn them by where they lie.
 
     Those of every second column are mirrored, those of every second row are turned upside down. A
@@ -116,9 +116,9 @@ def turned_views(image: Tensor, largest: int, limit: int, multiple: int = 1) -> 
     Example:
         >>> import torch
         >>> image = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]).view(1, 1, 2, 4)
-        >>> turned_views(image, 2, 16).flatten().tolist()
+        >>> flipped_views(image, 2, 16).flatten().tolist()
         [1.0, 2.0, 5.0, 6.0, 4.0, 3.0, 8.0, 7.0]
-        >>> turned_views(image[..., :1, :2], 2, 16).flatten().tolist()
+        >>> flipped_views(image[..., :1, :2], 2, 16).flatten().tolist()
         [1.0, 2.0, 2.0, 1.0]
     """
     _check(image, largest, limit, multiple)

@@ -64,7 +64,7 @@ def table(measured: Sequence[Measured]) -> str:
     for group, found in means.items():
         cells = [f"{found[name][0]:.2f} / {found[name][1]:.3f}" for name in networks]
         lines.append(
-            f"| {table_cell(_told(group))} | {counts[group]} | " + " | ".join(cells) + " |"
+            f"| {table_cell(_readable(group))} | {counts[group]} | " + " | ".join(cells) + " |"
         )
     cells = []
     for name in networks:
@@ -173,7 +173,7 @@ def group_means(measured: Sequence[Measured]) -> dict[str, dict[str, tuple[float
     }
 
 
-def _told(group: str) -> str:
+def _readable(group: str) -> str:
     """A group's name as it is read: degradations in words, a user's folder as it is called."""
     if set(group.split("+")) <= set(DEGRADATIONS):
         return group.replace("_", " ").replace("+", " + ")
@@ -181,7 +181,7 @@ def _told(group: str) -> str:
 
 
 def _label(group: str) -> str:
-    return _told(group).replace("$", r"\$")  # or matplotlib takes it for mathematics
+    return _readable(group).replace("$", r"\$")  # or matplotlib takes it for mathematics
 
 
 def _commit() -> str:

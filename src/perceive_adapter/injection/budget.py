@@ -32,7 +32,8 @@ def fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> Site
     """
     with torch.device("meta"):
         encoder = ConditionEncoder(config, plan.image_channels)
-    plan = plan.replace(encoder_parameters=sum(p.numel() for p in encoder.parameters()))
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    plan = dataclasses.replace(plan, encoder_parameters=count)
     budget = config.budget or max(120_000, round(0.03 * plan.backbone_parameters))
     sizes: dict[Site, int] = {}
 
@@ -45,7 +46,7 @@ def fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> Site
         return fitted
     while not keep_all and fitted.parameters > budget and fitted.of("layer"):
         dearest = max(fitted.of("layer"), key=lambda site: site.parameters)
-        fitted = fitted.replace(sites=tuple(s for s in fitted if s is not dearest))
+        fitted = dataclasses.replace(fitted, sites=tuple(s for s in fitted if s is not dearest))
     if fitted.parameters > budget:
         raise SiteError(
             f"the smallest adapter for these sites has {fitted.parameters:,} parameters and the "
@@ -57,7 +58,8 @@ def fit_budget(plan: SitePlan, config: AdapterConfig, *, keep_all: bool) -> Site
 def _with_rank(
     plan: SitePlan, config: AdapterConfig, rank: int, sizes: dict[Site, int]
 ) -> SitePlan:
-    return plan.replace(sites=tuple(_sized(site, config, rank, sizes) for site in plan))
+    sized = tuple(_sized(site, config, rank, sizes) for site in plan)
+    return dataclasses.replace(plan, sites=sized)
 
 
 def _sized(site: Site, config: AdapterConfig, rank: int, sizes: dict[Site, int]) -> Site:

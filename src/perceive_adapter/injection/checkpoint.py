@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +27,18 @@ from perceive_adapter.injection.injector import PromptInjector, modules_at
 from perceive_adapter.injection.perception import ValueRange
 from perceive_adapter.injection.plan import Site, SitePlan
 from perceive_adapter.warning import warn
+from perceive_adapter.weights import fingerprint, full_tensor, is_sharded
 
 if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
 
 __all__ = [
     "AdapterFile",
-    "agree",
-    "fingerprint",
     "load_unfrozen",
     "read_adapter",
     "read_beside",
+    "resolve_saved",
     "save_adapter",
-    "whole",
 ]
 
 FORMAT_VERSION = 1
@@ -101,50 +99,6 @@ class AdapterFile:
     where: str
 
 
-def fingerprint(
-    backbone: nn.Module,
-    originals: Mapping[str, Tensor] | None = None,
-    *,
-    leave_out: Collection[str] = (),
-) -> str:
-    """Return a sha256 over the names, shapes, dtypes and values of a backbone's weights.
-
-    Args:
-        backbone: any module.
-        originals: values to hash in place of the present ones, by name.
-        leave_out: names of weights that do not count, such as ``SitePlan.rewritten``.
-    """
-    digest = hashlib.sha256()
-    first = _first_names(backbone)
-    for name, value in sorted(backbone.state_dict().items()):
-        known = first.get(name, name)
-        if isinstance(value, Tensor) and known not in leave_out:
-            value = whole((originals or {}).get(known, value)).detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
-            digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _first_names(backbone: nn.Module) -> dict[str, str]:
-    """From all names of each parameter to the first, which is the one that others know it by."""
-    first: dict[nn.Parameter, str] = {}
-    return {
-        name: first.setdefault(parameter, name)
-        for name, parameter in backbone.named_parameters(remove_duplicate=False)
-    }
-
-
-def whole(value: Tensor) -> Tensor:
-    """Return all of a tensor that FSDP may have sharded; every process must ask for it then."""
-    gathered: Tensor = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
-    return gathered
-
-
-def is_sharded(value: Tensor) -> bool:
-    """Tell whether a tensor is a DTensor, without the second that importing the class takes."""
-    return hasattr(value, "full_tensor")
-
-
 def save_adapter(
     model: PerceiveModel,
     folder: str | os.PathLike[str],
@@ -189,7 +143,9 @@ def save_adapter(
     tensors = {INJECTOR_PREFIX + k: v for k, v in model.injector.state_dict().items()}
     tensors |= {BACKBONE_PREFIX + name: value for name, value in frozen.changed().items()}
     sharded = any(map(is_sharded, tensors.values()))
-    tensors = {name: whole(value) for name, value in tensors.items()}  # every process must gather
+    tensors = {
+        name: full_tensor(value) for name, value in tensors.items()
+    }  # every process must gather
     if sharded and dist.get_rank() != 0:
         return False
     save_folder(
@@ -379,11 +335,11 @@ def _check_backbone(
     if found != record.backbone.fingerprint:
         warn(
             f"{where} was trained on a {record.backbone.name} with other weights than this "
-            f"{kind}; it loads, since the shapes agree, and may restore badly"
+            f"{kind}; it loads, since the shapes resolve_saved, and may restore badly"
         )
 
 
-def agree(name: str, given: Any, saved: Any) -> Any:
+def resolve_saved(name: str, given: Any, saved: Any) -> Any:
     """Return the saved value, unless the caller asked for another one.
 
     Raises:

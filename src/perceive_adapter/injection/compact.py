@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ __all__ = ["CompactFeatures"]
 
 VIEW_SIZE = 256
 VIEW_LIMIT = 16
+_WIDTHS = (16, 24, 32, 32)  # channels of the strided convolutions
 
 
 class CompactFeatures(nn.Module):
@@ -30,7 +33,6 @@ class CompactFeatures(nn.Module):
     Args:
         in_channels: channels of the image.
         dim: width of the vector.
-        widths: channels of the strided convolutions.
 
     Shape:
         (B, in_channels, H, W) in [0, 1] to (B, dim).
@@ -41,14 +43,12 @@ class CompactFeatures(nn.Module):
         True
     """
 
-    def __init__(
-        self, in_channels: int, dim: int = 64, widths: tuple[int, ...] = (16, 24, 32, 32)
-    ) -> None:
+    def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
-        channels = (in_channels, *widths)
+        channels = (in_channels, *_WIDTHS)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU())
-            for before, after in zip(channels, widths, strict=False)
+            for before, after in pairwise(channels)
         )
         self.head = nn.Sequential(
             nn.LayerNorm(2 * sum(channels)), nn.Linear(2 * sum(channels), dim)

@@ -22,14 +22,14 @@ from perceive_adapter.injection.probe import (
     Example,
     Trace,
     check_image,
+    find_image,
     image_argument,
-    image_in,
     quiet,
     trace,
     weight_like_images,
 )
 from perceive_adapter.injection.prompts import is_dense, weight_shape
-from perceive_adapter.injection.verify import verified
+from perceive_adapter.injection.verify import verify_plan
 
 __all__ = ["plan_sites"]
 
@@ -92,8 +92,8 @@ def plan_sites(
         plan = fit_budget(plan, config, keep_all=named)
         small = _smallest(given, traces)
         output = base.output if traces.size is None or small is given else traces.size.output
-        plan = plan.replace(eval_only=find_eval_only(backbone, plan, small))
-        plan = verified(backbone, plan, config, small, output, named=named)
+        plan = dataclasses.replace(plan, eval_only=find_eval_only(backbone, plan, small))
+        plan = verify_plan(backbone, plan, config, small, output, named=named)
         now = _weights(backbone)
         rewritten = tuple(
             name
@@ -102,7 +102,7 @@ def plan_sites(
             or weight.data_ptr() != data.data_ptr()
             or _version(weight) != version
         )
-    return plan.replace(rewritten=rewritten)
+    return dataclasses.replace(plan, rewritten=rewritten)
 
 
 def _weights(backbone: nn.Module) -> dict[str, Tensor]:
@@ -204,11 +204,11 @@ def _traces(backbone: nn.Module, example: Example, base: Trace) -> tuple[Traces,
     if image.shape[0] != 1:
         raise BackboneError(f"the example's image has batch {image.shape[0]}; give a batch of one")
     height, width = image.shape[2:]
-    widths = [(width, image_in(base.output, 1).shape[-1])]
+    widths = [(width, find_image(base.output, 1).shape[-1])]
     for other in ((height // 2, width // 2), (2 * height, 2 * width)):
         size = _try_trace(backbone, example.resized(*other))
         if size is not None:
-            widths.append((other[1], image_in(size.output, 1).shape[-1]))
+            widths.append((other[1], find_image(size.output, 1).shape[-1]))
             break
     traces = Traces(base, size, base, None, (height, width), other)
     small = _smallest(example, traces)

@@ -71,19 +71,19 @@ class PromptSite(nn.Module):
         if self._is_folded(module):
             self.state.check_fold()
             return None
-        if (told := self.state.told()) is None:
+        if (inputs := self.state.inputs()) is None:
             return None
         source = args[0] if args else output
         known: dict[str, Any] = {}
         compiling = torch.compiler.is_compiling()
-        if self.is_branch and (told.traced or not compiling):
-            if args and (weight := told.folded.get(self.site.name)) is not None:
+        if self.is_branch and (inputs.traced or not compiling):
+            if args and (weight := inputs.folded.get(self.site.name)) is not None:
                 return with_weight(module, source, weight)
-            ready = told.ready.get(self.site.name)
+            ready = inputs.ready.get(self.site.name)
             if ready is not None and (ready.down is None or ready.down.dtype == source.dtype):
                 known["gated"], known["down"] = ready.gated, ready.down
             known["in_place"] = not compiling and self._is_alone(module)
-        condition = at_depth(told.condition, self.depth)
+        condition = at_depth(inputs.condition, self.depth)
         changed: Tensor = self.prompt(output, condition, source, **known)
         self.state.hold(changed)
         return changed

@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 from torch import nn
 
 from perceive_adapter.injection.layouts import Feature, Traces, level_feature
-from perceive_adapter.injection.probe import image_in
+from perceive_adapter.injection.probe import find_image
 from perceive_adapter.injection.prompts import is_dense
 
 __all__ = ["Stage", "choose_levels"]
@@ -55,7 +55,7 @@ def choose_levels(backbone: nn.Module, traces: Traces) -> list[tuple[Stage, str]
 
 def _gives_image(stage: Stage, traces: Traces) -> bool:
     """Tell whether a stage gives the restored image itself, however many channels that has."""
-    restored = image_in(traces.base.output, 1)
+    restored = find_image(traces.base.output, 1)
     scale = traces.image_size[0] / restored.shape[-2]
     return (stage.feature.channels, stage.feature.stride) == (restored.shape[1], scale)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
+from perceive_adapter.data.images import Image
 from perceive_adapter.errors import (
     BackboneError,
     CompiledBackboneError,
@@ -23,7 +24,7 @@ from perceive_adapter.errors import (
     ImageError,
     PerceptionError,
 )
-from perceive_adapter.hub import HubOptions, check_options, push_folder
+from perceive_adapter.hub import HubOptions, PushOptions, check_options, push_folder
 from perceive_adapter.injection.adapters import AdapterSet
 from perceive_adapter.injection.checkpoint import read_beside, save_adapter
 from perceive_adapter.injection.folding import folded_weights
@@ -32,7 +33,7 @@ from perceive_adapter.injection.injector import PromptInjector
 from perceive_adapter.injection.perception import Perception, ValueRange, check_perception
 from perceive_adapter.injection.plan import SitePlan
 from perceive_adapter.injection.probe import check_image
-from perceive_adapter.injection.restore import Image, find_multiple, restore_image
+from perceive_adapter.injection.restore import find_multiple, restore_image
 from perceive_adapter.injection.status import AdapterStatus
 from perceive_adapter.injection.steering import (
     Steering,
@@ -679,7 +680,7 @@ class PerceiveModel(nn.Module):
         repo_id: str,
         *,
         figures: Mapping[str, float | str] | None = None,
-        **options: Any,
+        **options: Unpack[PushOptions],
     ) -> str | None:
         """Save the active adapter and upload it to the Hugging Face Hub.
 

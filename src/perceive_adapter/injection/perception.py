@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeAlias, Union
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from torch import Tensor
 from perceive_adapter.errors import ConfigError, PerceptionError
 from perceive_adapter.pytrees import register_pytree
 
-__all__ = ["Perception", "ValueRange", "check_perception"]
+__all__ = ["Perception", "ValueRange", "ValueRangeLike", "check_perception"]
+
+ValueRangeLike: TypeAlias = Union["ValueRange", Sequence[float], Sequence[Sequence[float]], Tensor]
+"""``(low, high)``, or ``(mean, std)``, each with a number for each channel; arrays will do."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError, PerceptionError
 
-__all__ = ["Geometry", "Layout", "Site", "SitePlan"]
+__all__ = ["Geometry", "Layout", "Role", "Site", "SitePlan"]
 
 MAX_SCALE = 32
 MAX_PROBE = 8192
@@ -247,10 +246,6 @@ class SitePlan:
     def scale_parts(self) -> int:
         """Input pixels after which a whole output pixel begins; the denominator of the scale."""
         return Fraction(self.scale).limit_denominator(MAX_SCALE_PARTS).denominator
-
-    def replace(self, **changes: object) -> SitePlan:
-        """Return a copy with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

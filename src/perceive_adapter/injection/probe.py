@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ __all__ = [
     "Example",
     "Trace",
     "check_image",
+    "find_image",
     "image_alone",
     "image_argument",
-    "image_in",
     "quiet",
     "tensors_in",
     "trace",
@@ -237,7 +237,7 @@ def trace(backbone: nn.Module, example: Example, *, fingerprints: bool = True) -
             order of windows in the batch axis is told.
     """
     result, open_calls = Trace(), list[Call]()
-    clock = iter(range(1 << 62))
+    clock = itertools.count()
     recorder = _Recorder(result, open_calls, clock, fingerprints)
     with ExitStack() as stack, torch.no_grad():
         for name, module in backbone.named_modules():
@@ -290,7 +290,8 @@ def _is_real(value: Any) -> bool:
 def _fingerprint(features: Tensor) -> Tensor:
     """Reduce every row to one number. Not its mean, which layer norm makes the same for all."""
     rows = features.detach().flatten(1)
-    rows = rows[:, :: rows.shape[1] // SAMPLES | 1].float()
+    step = rows.shape[1] // SAMPLES | 1  # odd, so that it falls on all channels
+    rows = rows[:, ::step].float()
     pattern = torch.arange(rows.shape[1], device=rows.device, dtype=torch.float32).cos()
     return rows @ pattern
 
@@ -301,14 +302,14 @@ def weight_like_images(backbone: nn.Module) -> Tensor:
     That of its first dense layer: other parameters may be kept in another precision.
     """
     layers = (module for module in backbone.modules() if is_dense(module))
-    for module in chain(layers, [backbone]):
+    for module in itertools.chain(layers, [backbone]):
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 return parameter
     return torch.empty(0)
 
 
-def image_in(output: Any, batch: int) -> Tensor:
+def find_image(output: Any, batch: int) -> Tensor:
     """Find the restored image in what a backbone returned: the largest (B, C, H, W) tensor.
 
     Tuples, lists, mappings and dataclasses are searched in their own order; of stages of one size

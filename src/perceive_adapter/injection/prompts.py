@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from perceive_adapter.config import AdapterConfig
 from perceive_adapter.injection.plan import Site
 from perceive_adapter.ops import add_low_rank
+from perceive_adapter.precision import full_precision
 
 __all__ = [
     "ChannelCrossAttention",
@@ -248,7 +249,7 @@ def _linear_in_condition(config: AdapterConfig, outputs: int) -> nn.Linear:
 
 def _unit(vectors: Tensor) -> Tensor:
     """Normalise the last dimension, whose norm half precision can neither hold nor tell from 0."""
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+    return F.normalize(full_precision(vectors), dim=-1)
 
 
 def _zeroed(layer: M) -> M:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from perceive_adapter.data.images import Image, read_image
 from perceive_adapter.errors import BackboneError, ConfigError, ImageError
 from perceive_adapter.injection.perception import Perception, check_perception
-from perceive_adapter.injection.probe import image_alone, image_in, weight_like_images
+from perceive_adapter.injection.probe import find_image, image_alone, weight_like_images
 from perceive_adapter.injection.tiling import Grid, weights
 from perceive_adapter.modes import keeping_modes
 
 if TYPE_CHECKING:
     from perceive_adapter.injection.model import PerceiveModel
 
-__all__ = ["Image", "find_multiple", "is_out_of_memory", "restore_image"]
+__all__ = ["find_multiple", "is_out_of_memory", "restore_image"]
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 7, 14, 28, 56, 12, 24, 48)
 PROGRESS_AFTER_SECONDS = 2
@@ -197,7 +197,7 @@ def _call(model: PerceiveModel, image: Tensor) -> Tensor:
             f"restore() calls the backbone with the image alone, and it needs more: {error}; call "
             "the model itself, or wrap a module that fills in the other arguments"
         ) from error
-    restored = image_in(output, image.shape[0])
+    restored = find_image(output, image.shape[0])
     expected = tuple(round(side * model.sites.scale) for side in image.shape[-2:])
     if tuple(restored.shape[-2:]) != expected or restored.shape[1] not in (1, 3):
         raise BackboneError(

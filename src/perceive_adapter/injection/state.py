@@ -22,12 +22,15 @@ from perceive_adapter.injection.probe import tensors_in
 __all__ = ["ConditionState", "ForwardPass", "Lock", "Passes"]
 
 
-class Told(NamedTuple):
-    """What hooks are told: a condition (B, L, C + 1), and what branches make of it, by their names.
+class HookInputs(NamedTuple):
+    """What hooks work with.
 
-    ``Branches.ready`` where it is known, and ``Branches.folded`` where layers run with that. Blocks
-    that are compiled alone look up no names, by which they would differ: what they are told is not
-    ``traced``.
+    Args:
+        condition: (B, L, C + 1).
+        ready: see :meth:`Branches.ready`, by the branches' names, where it is known.
+        folded: see :meth:`Branches.folded`, of the layers that run with such weights.
+        traced: whether torch.compile traces the whole pass. Blocks that are compiled alone look up
+            no names, by which they would differ.
     """
 
     condition: Tensor
@@ -37,12 +40,12 @@ class Told(NamedTuple):
 
 
 class ForwardPass:
-    """A forward pass with gradient: what it told whom, for as long as its graph lives."""
+    """A forward pass with gradient, and what hooks worked with, for as long as its graph lives."""
 
     def __init__(self) -> None:
-        self.told: dict[ConditionState, Told] = {}
-        self.held = False
-        self.over = False
+        self.inputs: dict[ConditionState, HookInputs] = {}
+        self.has_graph = False
+        self.backward_done = False
         self.task: int | None = None  # of autograd, in which its backward pass runs
 
     def watch(self, output: Any) -> None:
@@ -53,16 +56,16 @@ class ForwardPass:
 
     def hold(self, features: Tensor) -> None:
         """Live as long as the graph of ``features``, the first that a prompt has changed."""
-        if not self.held and features.requires_grad:
+        if not self.has_graph and features.requires_grad:
             features.register_hook(self._end)  # type: ignore[no-untyped-call]
-            self.held = True
+            self.has_graph = True
 
     def _begin(self, gradient: Tensor) -> None:
-        self.task, self.over = torch._C._current_graph_task_id(), False
+        self.task, self.backward_done = torch._C._current_graph_task_id(), False
 
     def _end(self, gradient: Tensor) -> None:
         # The backward pass has come to the first prompt: no hook runs again after that.
-        self.over = True
+        self.backward_done = True
 
 
 class Passes:
@@ -81,16 +84,16 @@ class Passes:
         self._alive.add(this)
         return this
 
-    def again(self) -> ForwardPass | None:
+    def find_replayed(self) -> ForwardPass | None:
         """Return the pass that runs again, None where there is none that hooks took part in.
 
         Raises:
             PerceptionError: it may be one of several.
         """
-        alive = [this for this in self._alive if this.held]
+        alive = [this for this in self._alive if this.has_graph]
         task = torch._C._current_graph_task_id()
         alive = [this for this in alive if this.task == task] or alive
-        waiting = [this for this in alive if not this.over] or alive
+        waiting = [this for this in alive if not this.backward_done] or alive
         if len(waiting) > 1:
             raise PerceptionError(
                 f"activation checkpointing runs the network again, and it is not known in which of "
@@ -106,6 +109,15 @@ class Passes:
 class ConditionState:
     """The condition that the hooks of one injector read.
 
+    A hook that runs finds the backbone in one of these states:
+
+    - disabled: the hook does nothing;
+    - armed, by :meth:`arm` until :meth:`disarm`: a forward pass is under way, and hooks work with
+      what it set;
+    - replayed: activation checkpointing runs a part of an earlier forward pass again, inside its
+      backward pass, and hooks work with what that one had set;
+    - neither: somebody has called the backbone by itself, which is an error.
+
     ``armed`` says whether a forward pass that set it is under way, so that the backbone, called by
     itself, never runs on a stale one; ``thread`` whose it is, since meanwhile the backward pass of
     another thread may run the hooks again. Hooks outlive the injector: ``owner`` says whether there
@@ -119,7 +131,7 @@ class ConditionState:
         self.armed = False
         self.thread: int | None = None
         self.passes = Passes()
-        self.now: Told | None = None
+        self.now: HookInputs | None = None
         self.this: ForwardPass | None = None
 
     @property
@@ -142,13 +154,13 @@ class ConditionState:
             folded: see :meth:`Branches.folded`, of layers that their hooks run again with it.
             this: the pass, where other injectors take part in it; None begins one.
         """
-        self.now = Told(condition, ready or {}, folded or {}, torch.compiler.is_compiling())
+        self.now = HookInputs(condition, ready or {}, folded or {}, torch.compiler.is_compiling())
         self.this = None
         if not torch.compiler.is_compiling():
             self.thread = threading.get_ident()
             if torch.is_grad_enabled():
                 self.this = this or self.passes.begin()
-                self.this.told[self] = self.now
+                self.this.inputs[self] = self.now
         self.armed = True
 
     def disarm(self) -> None:
@@ -157,7 +169,7 @@ class ConditionState:
         # Kept, folded weights would be results of the graph that torch.compile makes of the pass.
         self.now = self.this = None
 
-    def told(self) -> Told | None:
+    def inputs(self) -> HookInputs | None:
         """Return what hooks work with, None where this injector takes no part.
 
         Raises:
@@ -167,15 +179,15 @@ class ConditionState:
         """
         if torch.compiler.is_compiling():
             return self._current()
-        if self._runs_again():
-            return self._again()
-        told = self._current()
-        if told is not None and _loses_gradient(told.condition):
+        if self._is_replayed():
+            return self._replayed()
+        inputs = self._current()
+        if inputs is not None and _loses_gradient(inputs.condition):
             raise BackboneError(
                 "the network checkpoints its activations with use_reentrant=True, which loses the "
                 f"gradient of prompts where the network is frozen: checkpoint {_REENTRANT}"
             )
-        return told
+        return inputs
 
     def watch(self, output: Any) -> None:
         """See :meth:`ForwardPass.watch`, of the pass under way."""
@@ -184,7 +196,7 @@ class ConditionState:
 
     def hold(self, features: Tensor) -> None:
         """Keep the pass under way for as long as the graph of these features."""
-        if torch.compiler.is_compiling() or self.this is None or self._runs_again():
+        if torch.compiler.is_compiling() or self.this is None or self._is_replayed():
             return
         self.this.hold(features)
 
@@ -194,23 +206,23 @@ class ConditionState:
         Raises:
             PerceptionError: so it is.
         """
-        if not torch.compiler.is_compiling() and self._runs_again():
+        if not torch.compiler.is_compiling() and self._is_replayed():
             raise PerceptionError(
                 "activation checkpointing runs the network again while another thread restores "
                 "with it, its perception folded into the weights; keep threads that restore from "
                 "a model that trains, or turn checkpointing off"
             )
 
-    def _runs_again(self) -> bool:
+    def _is_replayed(self) -> bool:
         """Whether hooks run in a backward pass, and not in one inside the pass under way."""
         if torch._C._current_graph_task_id() == -1:
             return False
         return not self.armed or self.thread != threading.get_ident()
 
-    def _again(self) -> Told | None:
-        this = self.passes.again()
+    def _replayed(self) -> HookInputs | None:
+        this = self.passes.find_replayed()
         if this is not None:
-            return this.told.get(self)
+            return this.inputs.get(self)
         if not self.enabled:
             return None
         raise BackboneError(
@@ -218,7 +230,7 @@ class ConditionState:
             f"to: stay inside disabled() for both, and checkpoint activations {_REENTRANT}"
         )
 
-    def _current(self) -> Told | None:
+    def _current(self) -> HookInputs | None:
         if not self.enabled:
             return None
         if self.lost:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.errors import ConfigError, PerceptionError
-from perceive_adapter.injection.checkpoint import fingerprint
 from perceive_adapter.injection.injector import PromptInjector
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.perceiver.quality import QualityPerceiver
+from perceive_adapter.weights import fingerprint
 
 __all__ = ["Steering", "check_sources", "see", "widths", "with_compact"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +16,12 @@ from perceive_adapter.injection.eval_only import training_mode
 from perceive_adapter.injection.folding import hidden_weights
 from perceive_adapter.injection.injector import PromptInjector
 from perceive_adapter.injection.plan import Site, SitePlan
-from perceive_adapter.injection.probe import Example, image_in
+from perceive_adapter.injection.probe import Example, find_image
 
-__all__ = ["verified"]
+__all__ = ["verify_plan"]
 
 
-def verified(
+def verify_plan(
     backbone: nn.Module,
     plan: SitePlan,
     config: AdapterConfig,
@@ -50,7 +51,7 @@ def verified(
     """
     with torch.device(example.image.device):
         injector = PromptInjector(plan, config)
-    folds = _keeps_output(backbone, injector, example, image_in(output, 1))
+    folds = _keeps_output(backbone, injector, example, find_image(output, 1))
     gradients, failure = _working(backbone, injector, example)
     if failure is not None:
         with training_mode(backbone, plan.eval_only):
@@ -66,7 +67,7 @@ def verified(
                 f"a backward pass with prompts at {', '.join(lost[:5])} fails: {why}; {remedy}"
             ) from failure
     blocked = tuple(dict.fromkeys(site.name for site in usable if not gradients[site]))
-    return plan.replace(sites=tuple(usable), blocked=blocked, folds=folds)
+    return dataclasses.replace(plan, sites=tuple(usable), blocked=blocked, folds=folds)
 
 
 _NO_GRADIENT = (
@@ -120,7 +121,7 @@ def _working(
         found: dict[Site, bool | None] = {}
         for half in (plan.sites[:middle], plan.sites[middle:]):
             with torch.device(example.image.device):
-                part = PromptInjector(plan.replace(sites=half), injector.config)
+                part = PromptInjector(dataclasses.replace(plan, sites=half), injector.config)
             found |= _working(backbone, part, example)[0]
         return found, error
 
@@ -167,4 +168,4 @@ def _attached(injector: PromptInjector, backbone: nn.Module) -> Iterator[None]:
 
 
 def _restored(backbone: nn.Module, example: Example) -> Tensor:
-    return image_in(example.call(backbone), example.image.shape[0])
+    return find_image(example.call(backbone), example.image.shape[0])

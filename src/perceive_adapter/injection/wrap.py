@@ -24,20 +24,20 @@ from perceive_adapter.errors import (
 from perceive_adapter.hub import HubOptions, check_options
 from perceive_adapter.injection.checkpoint import (
     AdapterFile,
-    agree,
-    fingerprint,
     load_unfrozen,
     read_adapter,
+    resolve_saved,
 )
 from perceive_adapter.injection.discovery import plan_sites
 from perceive_adapter.injection.injector import PromptInjector, check_backbone, release_lost
 from perceive_adapter.injection.model import PerceiveModel
-from perceive_adapter.injection.perception import ValueRange
+from perceive_adapter.injection.perception import ValueRange, ValueRangeLike
 from perceive_adapter.injection.probe import image_argument
 from perceive_adapter.injection.semantic import SemanticGuidance
 from perceive_adapter.injection.steering import Steering, check_sources, widths
 from perceive_adapter.perceiver.bundled import BUNDLED, PERCEIVE_TINY
 from perceive_adapter.perceiver.quality import QualityPerceiver
+from perceive_adapter.weights import fingerprint
 
 __all__ = ["wrap"]
 
@@ -54,7 +54,7 @@ def wrap(
     perceiver: PerceiverLike = None,
     example: Any = None,
     image_arg: int | str | None = None,
-    value_range: object = None,
+    value_range: ValueRangeLike | None = None,
     semantic_weights: str | os.PathLike[str] | None = None,
     is_trainable: bool | None = None,
     **hub_options: Unpack[HubOptions],
@@ -204,8 +204,8 @@ def _load(
         file.injector,
         is_trainable,
         steering,
-        agree("image_arg", image_arg, (saved.image_position, saved.image_name)),
-        agree("value_range", value_range, saved.value_range),
+        resolve_saved("image_arg", image_arg, (saved.image_position, saved.image_name)),
+        resolve_saved("value_range", value_range, saved.value_range),
     )
     try:
         load_unfrozen(model, file, is_trainable=is_trainable)

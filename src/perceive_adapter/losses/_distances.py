@@ -7,8 +7,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from perceive_adapter.losses._frozen import full_precision
 from perceive_adapter.ops import reference_distances
+from perceive_adapter.precision import full_precision
+
+__all__ = ["References", "distances", "in_one_pass"]
 
 Level: TypeAlias = Tensor | Sequence[Tensor]
 """Features of n references, (n, B, ...) or n tensors (B, ...)."""

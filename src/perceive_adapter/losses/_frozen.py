@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+__all__ = ["Frozen"]
 
 
 class Frozen(nn.Module):
@@ -29,7 +30,7 @@ class Frozen(nn.Module):
         return self._held[0]
 
     def forward(self, images: Tensor) -> Any:
-        """Call the held module on `images` (B, C, H, W), cast to the dtype of its weights."""
+        """Call the held module on ``images`` (B, C, H, W), cast to the dtype of its weights."""
         if self.module.training:  # somebody else owns the module too, and called train() on it
             self.module.eval()
         for weight in self.module.parameters():
@@ -43,8 +44,3 @@ class Frozen(nn.Module):
         if recurse:
             self.module._apply(fn)  # type: ignore[no-untyped-call]
         return self
-
-
-def full_precision(images: Tensor) -> Tensor:
-    """Return `images` in float32, or as they are when they are float64."""
-    return images if images.dtype == torch.float64 else images.float()

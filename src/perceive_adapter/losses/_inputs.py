@@ -6,20 +6,22 @@ from torch import Tensor
 
 from perceive_adapter.errors import ConfigError, LossInputError
 
+__all__ = ["check_image", "check_number"]
+
 
 def check_image(
     name: str, image: Tensor, like: Tensor | None = None, whose: str = "restored"
 ) -> Tensor:
-    """Return `image` as (B, 3, H, W): a gray one is expanded without a copy.
+    """Return ``image`` as (B, 3, H, W): a gray one is expanded without a copy.
 
     Args:
         name: what the message calls the image.
         image: (B, 1, H, W) or (B, 3, H, W), floating point, in [0, 1].
-        like: an image whose shape and device `image` must share.
+        like: an image whose shape and device ``image`` must share.
         whose: what the message calls that one.
 
     Raises:
-        LossInputError: not a tensor, wrong shape, integer dtype, empty, or unlike `like`.
+        LossInputError: not a tensor, wrong shape, integer dtype, empty, or unlike ``like``.
     """
     if not isinstance(image, Tensor):
         raise LossInputError(f"{name} must be a tensor (B, 3, H, W), got {type(image).__name__}")
@@ -42,7 +44,7 @@ def check_image(
 
 
 def check_number(name: str, value: float, *, positive: bool = False) -> float:
-    """Return `value` as a float if it is finite and not negative (or above zero).
+    """Return ``value`` as a float if it is finite and not negative (or above zero).
 
     Raises:
         ConfigError: it is not.

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError, LossInputError, MissingDependencyError
 
-# Level name, its place in timm's `vgg16().features`, and its weight in the paper's loss.
+__all__ = ["TimmNetwork", "build_timm"]
+
+# Level name, its place in timm's ``vgg16().features``, and its weight in the paper's loss.
 _VGG16_LEVELS = (
     ("relu1_2", 3, 1 / 12),
     ("conv2_2", 7, 1 / 6),
@@ -29,7 +31,7 @@ class TimmNetwork:
 
 
 def build_timm(name: str, *, pretrained: bool) -> TimmNetwork:
-    """Build the network that `timm_features` documents.
+    """Build the network that ``timm_features`` documents.
 
     Raises:
         ConfigError: unknown name, no feature maps, or no weights.

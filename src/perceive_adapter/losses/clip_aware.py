@@ -4,8 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
-from perceive_adapter.losses._frozen import Frozen, full_precision
+from perceive_adapter.losses._frozen import Frozen
 from perceive_adapter.losses._inputs import check_image
+from perceive_adapter.precision import full_precision
+
+__all__ = ["ClipAwareLoss"]
 
 
 class ClipAwareLoss(nn.Module):
@@ -22,10 +25,10 @@ class ClipAwareLoss(nn.Module):
 
     Args:
         perceiver: module from (B, 3, H, W), RGB in [0, 1], to an object whose ``tiers`` (B, K) are
-            probabilities, worst tier first: a `QualityPerceiver`.
+            probabilities, worst tier first: a ``QualityPerceiver``.
 
     Raises:
-        ConfigError: `perceiver` is not a module.
+        ConfigError: ``perceiver`` is not a module.
 
     Example:
         >>> from types import SimpleNamespace
@@ -47,10 +50,10 @@ class ClipAwareLoss(nn.Module):
         self.perceiver = Frozen(perceiver)
 
     def forward(self, restored: Tensor) -> Tensor:
-        """Return the loss of `restored` (B, 3, H, W) or (B, 1, H, W), a scalar in [0, 1].
+        """Return the loss of ``restored`` (B, 3, H, W) or (B, 1, H, W), a scalar in [0, 1].
 
         Raises:
-            LossInputError: `restored` is not such an image, the perceiver gives no tier
+            LossInputError: ``restored`` is not such an image, the perceiver gives no tier
                 probabilities (B, K) with K of at least 2, or it stops the gradient.
         """
         image = full_precision(check_image("restored", restored))

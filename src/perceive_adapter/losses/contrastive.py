@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceive_adapter.errors import LossInputError
-from perceive_adapter.losses._frozen import full_precision
 from perceive_adapter.losses._inputs import check_number
+from perceive_adapter.precision import full_precision
+
+__all__ = ["DegradationContrastiveLoss"]
 
 _MIN_NORM = 1e-6  # bounds the gradient of the normalization at a zero vector
 
@@ -38,7 +40,7 @@ class DegradationContrastiveLoss(nn.Module):
         temperature: T, above 0.
 
     Raises:
-        ConfigError: `temperature` is not above 0.
+        ConfigError: ``temperature`` is not above 0.
 
     Example:
         >>> loss = DegradationContrastiveLoss(temperature=0.5)
@@ -79,7 +81,7 @@ class DegradationContrastiveLoss(nn.Module):
             return (logits.logsumexp(1) - positives.squeeze(1)).mean()
 
     def extra_repr(self) -> str:
-        """Return the settings, for `repr`."""
+        """Return the settings, for ``repr``."""
         return f"temperature={self.temperature}"
 
 

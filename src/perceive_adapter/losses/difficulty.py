@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
 from perceive_adapter.losses._distances import Level, References, distances, in_one_pass
-from perceive_adapter.losses._frozen import full_precision
 from perceive_adapter.losses._inputs import check_image, check_number
 from perceive_adapter.losses.features import resolve_features
+from perceive_adapter.precision import full_precision
+
+__all__ = ["DifficultyAdaptiveLoss", "psnr"]
 
 _MIN_MSE = 1e-10  # a PSNR of 100 dB stands for identical images
 
@@ -26,13 +28,13 @@ class DifficultyAdaptiveLoss(nn.Module):
         \sum_l w_l \frac{d_l(R, GT)}{2 d_l(R, LQ) + \sum_j m_j \omega_j d_l(R, M_j)}
 
     and the mean over the batch. A medium image is *hard*, with :math:`\omega_j` =
-    `hard_weight`, if its PSNR is at most the reference PSNR, that is, if the network has
-    overtaken it, and *easy* otherwise. Set the reference with `update_difficulty`, from a fixed
+    ``hard_weight``, if its PSNR is at most the reference PSNR, that is, if the network has
+    overtaken it, and *easy* otherwise. Set the reference with ``update_difficulty``, from a fixed
     probe at the start of each epoch; before that it is estimated from every batch.
 
     An adapter starts at the identity, where the restored image may equal the degraded one and the
     denominator D would be 0. It is therefore softened to
-    :math:`\sqrt{D^2 + (\epsilon s)^2}` with s = max(d(GT, LQ), `min_distance`), constant in R, so
+    :math:`\sqrt{D^2 + (\epsilon s)^2}`` with s = max(d(GT, LQ), ``min_distance`), constant in R, so
     that value and gradient do not depend on the scale of the features. With the default
     :math:`\epsilon = 0.5` and no medium image, per unit of level weight, the loss of an exact copy
     of the degraded image is 2, its gradient in units of d is at most 4.3 / s on the way from there
@@ -49,9 +51,9 @@ class DifficultyAdaptiveLoss(nn.Module):
 
     Args:
         features: None for the image tower of the bundled perceiver (four levels, at 1/2 to 1/16 of
-            the resolution, with weights 1/12, 1/6, 1/3, 1, see `tiny_features`), a timm name
+            the resolution, with weights 1/12, 1/6, 1/3, 1, see ``tiny_features``), a timm name
             (``vgg16``: relu1_2, conv2_2, relu3_1, relu3_3 with those weights, as in the paper), or
-            a module (see `ModuleFeatures`; `FilterPyramid` is one without learned weights).
+            a module (see ``ModuleFeatures``; ``FilterPyramid`` is one without learned weights).
         hard_weight: of medium images that the network has overtaken.
         easy_weight: of medium images that are still better than the network's.
         degraded_weight: of the degraded image.
@@ -59,8 +61,8 @@ class DifficultyAdaptiveLoss(nn.Module):
         min_distance: smallest such distance, in units of the features; one gray level.
 
     Raises:
-        ConfigError: a weight that is negative or not finite, `degraded_weight`, `eps` or
-            `min_distance` not above 0, or features that cannot be had.
+        ConfigError: a weight that is negative or not finite, ``degraded_weight``, ``eps`` or
+            ``min_distance`` not above 0, or features that cannot be had.
 
     Example:
         >>> loss = DifficultyAdaptiveLoss()
@@ -99,7 +101,7 @@ class DifficultyAdaptiveLoss(nn.Module):
         """Set the PSNR in dB that medium images are compared with: the network's own, by now.
 
         Raises:
-            ConfigError: `psnr` is not one finite number.
+            ConfigError: ``psnr`` is not one finite number.
         """
         if isinstance(psnr, Tensor) and psnr.numel() != 1:
             raise ConfigError(
@@ -162,7 +164,7 @@ class DifficultyAdaptiveLoss(nn.Module):
             return References(images, mask, self._reference_levels(images))
 
     def compare(self, restored: Tensor, references: References) -> Tensor:
-        """Return the loss of restored images against what `references` has computed.
+        """Return the loss of restored images against what ``references`` has computed.
 
         Args:
             restored: (B, 3, H, W) or (B, 1, H, W), as the references are; receives the gradient.
@@ -179,7 +181,7 @@ class DifficultyAdaptiveLoss(nn.Module):
             return self._loss(image, references.images, references.mask, found)
 
     def extra_repr(self) -> str:
-        """Return the settings, for `repr`."""
+        """Return the settings, for ``repr``."""
         return (
             f"hard_weight={self.hard_weight}, easy_weight={self.easy_weight}, "
             f"degraded_weight={self.degraded_weight}, eps={self.eps}, "
@@ -190,7 +192,7 @@ class DifficultyAdaptiveLoss(nn.Module):
         self, images: list[Tensor], valid: Tensor | None, *, restored: bool = True
     ) -> tuple[list[Tensor], Tensor]:
         """Return the images in full precision, all but the restored one constant, and the mask."""
-        first = ["restored", "target", "degraded"][not restored :]
+        first = ["restored", "target", "degraded"] if restored else ["target", "degraded"]
         names = [*first, *(f"medium[{i}]" for i in range(len(images) - len(first)))]
         checked = [self._here(names[0], images[0])]
         for name, image in zip(names[1:], images[1:], strict=True):

@@ -14,6 +14,15 @@ from perceive_adapter.losses._inputs import check_number
 from perceive_adapter.losses._timm import build_timm
 from perceive_adapter.perceiver.trunk import StatisticsTrunk, load_trunk
 
+__all__ = [
+    "FeatureExtractor",
+    "FilterPyramid",
+    "ModuleFeatures",
+    "resolve_features",
+    "timm_features",
+    "tiny_features",
+]
+
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
@@ -33,7 +42,7 @@ class FilterPyramid(nn.Module):
     """Image and its local frequencies at several scales.
 
     Nothing in it is learned, drawn at random or downloaded. Level 0 is the image. Level s of
-    1 ... `scales` is the response, per colour channel, to the eight AC filters of the orthonormal
+    1 ... ``scales`` is the response, per colour channel, to the eight AC filters of the orthonormal
     3 x 3 DCT (edges replicated) of the image reduced s - 1 times by 2 x 2 averaging: with the
     default of four scales that is (B, 3, H, W), (B, 24, H, W), (B, 24, H/2, W/2),
     (B, 24, H/4, W/4) and (B, 24, H/8, W/8), sizes rounded up. Level 0 sees brightness and colour
@@ -42,10 +51,10 @@ class FilterPyramid(nn.Module):
 
     Args:
         scales: number of DCT levels, at least 1.
-        weights: one per level (`scales` + 1 of them), or None for equal ones.
+        weights: one per level (``scales`` + 1 of them), or None for equal ones.
 
     Raises:
-        ConfigError: `scales` below 1, or weights that are negative or of another number.
+        ConfigError: ``scales`` below 1, or weights that are negative or of another number.
 
     Example:
         >>> pyramid = FilterPyramid()
@@ -67,7 +76,7 @@ class FilterPyramid(nn.Module):
         self.register_buffer("filters", _dct_filters().repeat(3, 1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the `scales` + 1 levels of `images` (B, 3, H, W); any size from 1 x 1 on."""
+        """Return the ``scales`` + 1 levels of ``images`` (B, 3, H, W); any size from 1 x 1 on."""
         filters = self.filters.to(images.dtype)
         levels = [images]
         for scale in range(self.scales):
@@ -78,7 +87,7 @@ class FilterPyramid(nn.Module):
         return levels
 
     def extra_repr(self) -> str:
-        """Return the settings, for `repr`."""
+        """Return the settings, for ``repr``."""
         return f"scales={self.scales}, weights={self.weights}"
 
 
@@ -91,7 +100,7 @@ class ModuleFeatures(nn.Module):
 
     Args:
         module: from (B, 3, H, W) to a tensor, a sequence or a mapping of tensors (B, C, ...).
-        weights: one per level; None takes `module.weights` where the module has them, and else
+        weights: one per level; None takes ``module.weights`` where the module has them, and else
             equal weights that sum to 1.
         mean: per channel, subtracted from the images before the module sees them.
         std: per channel, divides the images after that.
@@ -132,7 +141,7 @@ class ModuleFeatures(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the module's levels for `images` (B, 3, H, W), RGB in [0, 1]."""
+        """Return the module's levels for ``images`` (B, 3, H, W), RGB in [0, 1]."""
         # Out of place on purpose: a module that starts with an in-place operation must not
         # change the caller's image.
         levels = _as_levels(self.body((images - self.mean) / self.std))
@@ -150,7 +159,7 @@ class ModuleFeatures(nn.Module):
         return levels
 
     def extra_repr(self) -> str:
-        """Return the settings, for `repr`; the module itself may be long."""
+        """Return the settings, for ``repr``; the module itself may be long."""
         return f"{type(self.body.module).__name__}, weights={self.weights}"
 
 
@@ -212,15 +221,15 @@ def timm_features(name: str, *, pretrained: bool = True) -> ModuleFeatures:
     return ModuleFeatures(network.body, network.weights, mean=network.mean, std=network.std)
 
 
-def resolve_features(features: str | nn.Module | None) -> nn.Module:
-    """Turn what a user may name as features into a frozen `FeatureExtractor` module.
+def resolve_features(features: str | nn.Module | None) -> FilterPyramid | ModuleFeatures:
+    """Turn what a user may name as features into a frozen ``FeatureExtractor`` module.
 
     Args:
-        features: None for `tiny_features`, a timm name (see `timm_features`), or a module (see
-            `ModuleFeatures`).
+        features: None for ``tiny_features``, a timm name (see ``timm_features``), or a module (see
+            ``ModuleFeatures``).
 
     Raises:
-        ConfigError: another type, or a name that `timm_features` refuses.
+        ConfigError: another type, or a name that ``timm_features`` refuses.
         MissingDependencyError: a name is given and timm cannot be imported.
 
     Example:

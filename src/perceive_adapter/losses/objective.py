@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
-from perceive_adapter.losses._frozen import full_precision
 from perceive_adapter.losses._inputs import check_image, check_number
 from perceive_adapter.losses.clip_aware import ClipAwareLoss
 from perceive_adapter.losses.contrastive import DegradationContrastiveLoss
 from perceive_adapter.losses.difficulty import DifficultyAdaptiveLoss
+from perceive_adapter.precision import full_precision
+
+__all__ = ["ObjectiveTerms", "ObjectiveWeights", "RestorationObjective"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,15 @@ class ObjectiveWeights:
 
 @dataclass(frozen=True)
 class ObjectiveTerms:
-    """What one call of `RestorationObjective` gives: a total to train with, terms to log.
+    """What one call of ``RestorationObjective`` gives: a total to train with, terms to log.
 
     Attributes:
         total: weighted sum, a scalar with a graph.
         l1: mean absolute error, detached and unweighted, as the other terms; None where a term
             was not computed.
-        contrastive: see `DegradationContrastiveLoss`.
-        clip_aware: see `ClipAwareLoss`.
-        difficulty_adaptive: see `DifficultyAdaptiveLoss`.
+        contrastive: see ``DegradationContrastiveLoss``.
+        clip_aware: see ``ClipAwareLoss``.
+        difficulty_adaptive: see ``DifficultyAdaptiveLoss``.
     """
 
     total: Tensor
@@ -73,9 +75,9 @@ class RestorationObjective(nn.Module):
 
     Args:
         weights: of the terms; None for the paper's 1, 0.1, 0.05 and 0.1.
-        contrastive: None for the default `DegradationContrastiveLoss`.
-        clip_aware: None for no such term; a `ClipAwareLoss` of a perceiver for one.
-        difficulty_adaptive: None for the default `DifficultyAdaptiveLoss`.
+        contrastive: None for the default ``DegradationContrastiveLoss``.
+        clip_aware: None for no such term; a ``ClipAwareLoss`` of a perceiver for one.
+        difficulty_adaptive: None for the default ``DifficultyAdaptiveLoss``.
 
     Example:
         >>> import torch

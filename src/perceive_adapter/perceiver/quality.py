@@ -3,14 +3,16 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from perceive_adapter.data.views import native_views, turned_views
+from perceive_adapter.data.views import flipped_views, native_views
 from perceive_adapter.errors import ConfigError, LossInputError, UntrainedPerceiverWarning
+from perceive_adapter.hub import PushOptions
 from perceive_adapter.perceiver import official, saving
 from perceive_adapter.perceiver.checks import check_finite, check_image, check_range
 from perceive_adapter.perceiver.config import Architecture, PerceiverConfig
@@ -19,6 +21,7 @@ from perceive_adapter.perceiver.maps import quality_map
 from perceive_adapter.perceiver.perceived import Perceived
 from perceive_adapter.perceiver.prompts import TierPrompts, tier_words
 from perceive_adapter.perceiver.towers import ClipTowers, build_clip, embed_words
+from perceive_adapter.precision import full_precision
 from perceive_adapter.warning import warn
 
 __all__ = ["QualityPerceiver"]
@@ -53,7 +56,7 @@ class QualityPerceiver(nn.Module):
     (:func:`~perceive_adapter.data.views.native_views`), of the size that the image tower takes:
     noise is not averaged away, and memory does not grow with the image. Their unit embeddings are
     averaged. Only what is smaller than the tower's input is enlarged. ``perceive-tiny`` enlarges
-    nothing: an image is cut into tiles (:func:`~perceive_adapter.data.views.turned_views`) whose
+    nothing: an image is cut into tiles (:func:`~perceive_adapter.data.views.flipped_views`) whose
     sides are multiples of its stride, flipped in turn.
 
     Text features are computed once while the context is frozen (``requires_grad_(False)``, as
@@ -257,15 +260,21 @@ class QualityPerceiver(nn.Module):
         """
         return saving.save(self, folder, figures)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        figures: Mapping[str, float | str] | None = None,
+        **options: Unpack[PushOptions],
+    ) -> str:
         """Save the perceiver and upload it to the Hugging Face Hub.
 
         A ``README.md`` of the repository that somebody wrote or edited is kept, with a warning.
 
         Args:
             repo_id: ``user/repo``.
-            **options: ``figures`` for the model card, and those of
-                :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
+            figures: what was measured of this perceiver, for the model card.
+            **options: of :func:`perceive_adapter.hub.push_folder`: private, token, revision, ...
 
         Returns:
             URL of the commit.
@@ -273,7 +282,7 @@ class QualityPerceiver(nn.Module):
         Raises:
             CheckpointError: the Hub refuses or cannot be reached.
         """
-        return saving.push(self, repo_id, **options)
+        return saving.push(self, repo_id, figures, **options)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of what decides a score, in 64 hexadecimal digits.
@@ -390,7 +399,7 @@ class QualityPerceiver(nn.Module):
         check_image(image)
         if self.towers.takes_any_size:
             largest, multiple = min(self.towers.image_size), self.towers.side_multiple
-            views = turned_views(image, largest, self.config.views, multiple)
+            views = flipped_views(image, largest, self.config.views, multiple)
         else:
             # Square crops, so that an image narrower than the tower's input is not distorted.
             size = min(*self.towers.image_size, *image.shape[-2:])
@@ -400,7 +409,7 @@ class QualityPerceiver(nn.Module):
         # Contiguous, since the same pixels must give the same bits whatever their strides are.
         check_range(views)
         embeddings = self.towers.encode_image(views.flatten(0, 1).contiguous())
-        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        embeddings = full_precision(embeddings)
         return F.normalize(embeddings.reshape(*views.shape[:2], -1).mean(dim=1), dim=1)
 
     def text_features(self) -> Tensor:

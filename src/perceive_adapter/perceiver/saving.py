@@ -6,10 +6,11 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from perceive_adapter import hub
 from perceive_adapter._version import __version__
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from perceive_adapter.perceiver.quality import QualityPerceiver
 
 __all__ = [
-    "CONFIG_NAME",
-    "TENSORS_NAME",
     "Loaded",
     "check_probe",
     "fingerprint",
@@ -105,7 +104,7 @@ def push(
     perceiver: "QualityPerceiver",
     repo_id: str,
     figures: Mapping[str, float | str] | None = None,
-    **options: Any,
+    **options: Unpack[hub.PushOptions],
 ) -> str:
     """Save a perceiver and upload it."""
     with tempfile.TemporaryDirectory() as folder:

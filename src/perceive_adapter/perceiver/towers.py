@@ -13,6 +13,7 @@ from perceive_adapter.errors import CheckpointError, ConfigError
 from perceive_adapter.perceiver.config import Architecture
 from perceive_adapter.perceiver.trunk import register_trunk
 from perceive_adapter.perceiver.vocabulary import WordTokenizer
+from perceive_adapter.precision import full_precision
 
 __all__ = ["ClipTowers", "PromptEncoder", "build_clip", "embed_words"]
 
@@ -127,7 +128,7 @@ class ClipTowers(nn.Module):
         """
         dtype = self.text.positions.dtype
         if not self.takes_any_size and image.shape[-2:] != self.image_size:
-            image = image.to(torch.promote_types(image.dtype, torch.float32))
+            image = full_precision(image)
             image = F.interpolate(image, self.image_size, mode="bicubic", antialias=True)
         image = (image.to(dtype) - self.mean) / self.std
         return F.normalize(self.visual(image), dim=-1)

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from perceive_adapter.errors import ConfigError
 from perceive_adapter.folders import load_folder
 from perceive_adapter.perceiver.bundled import ASSETS, CONFIG_NAME, PERCEIVE_TINY, TENSORS_NAME
+from perceive_adapter.precision import full_precision
 
 __all__ = ["TRUNK_NAME", "StatisticsTrunk", "load_trunk", "perceive_tiny", "register_trunk"]
 
@@ -171,7 +172,7 @@ def _fuse(stage: nn.Module) -> nn.Sequential:
 
 def _statistics(maps: Tensor) -> list[Tensor]:
     """Mean and standard deviation (B, C), in single precision or better."""
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    maps = full_precision(maps)
     # Sums over the pixels of (B, H W, C) are several times as fast as var_mean on a CPU.
     pixels = maps.permute(0, 2, 3, 1).flatten(1, 2)
     mean = pixels.mean(dim=1)

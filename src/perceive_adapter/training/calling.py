@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from perceive_adapter.injection.model import PerceiveModel
 from perceive_adapter.injection.perception import Perception
-from perceive_adapter.injection.probe import image_alone, image_in
+from perceive_adapter.injection.probe import find_image, image_alone
 
 __all__ = ["restored_by"]
 
@@ -41,5 +41,5 @@ def restored_by(
         output = model(*arguments, **keywords)
     else:
         output = functional_call(model, dict(weights), arguments, keywords)
-    restored = image_in(output, len(degraded))
+    restored = find_image(output, len(degraded))
     return model.value_range.to_unit(restored) if isinstance(model, PerceiveModel) else restored

@@ -75,8 +75,8 @@ def check_settings(file: Path | None, found: Mapping[str, Any], wanted: Mapping[
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if names:
         raise CheckpointError(
-            f"{str(file)!r} was written by a run with {_told(was, names)}: expected "
-            f"{_told(now, names)}. Run with the same options and data, or {REMEDY[:1].lower()}"
+            f"{str(file)!r} was written by a run with {_listed(was, names)}: expected "
+            f"{_listed(now, names)}. Run with the same options and data, or {REMEDY[:1].lower()}"
             f"{REMEDY[1:]}"
         )
 
@@ -92,5 +92,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _told(settings: Mapping[str, Any], names: Collection[str]) -> str:
+def _listed(settings: Mapping[str, Any], names: Collection[str]) -> str:
     return ", ".join(f"{name}={settings.get(name)!r}" for name in names)

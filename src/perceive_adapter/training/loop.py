@@ -22,7 +22,7 @@ from perceive_adapter.training.checkpoints import (
     write_checkpoint,
 )
 
-__all__ = ["Ahead", "Schedule", "check_finite", "seeded", "train"]
+__all__ = ["Prefetcher", "Schedule", "check_finite", "seeded", "train"]
 
 T = TypeVar("T")
 
@@ -64,11 +64,11 @@ class Schedule:
                 "clips nothing."
             )
 
-    def lasting(self, steps: int) -> Schedule:
+    def with_steps(self, steps: int) -> Schedule:
         """Return the same for another number of steps, the warm-up a tenth of them at most.
 
         Example:
-            >>> Schedule(steps=1000, learning_rate=1e-3, warmup=100).lasting(200).warmup
+            >>> Schedule(steps=1000, learning_rate=1e-3, warmup=100).with_steps(200).warmup
             20
         """
         return replace(self, steps=steps, warmup=min(self.warmup, steps // 10))
@@ -90,7 +90,7 @@ def seeded(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Draws the samples of the next steps while this one trains.
 
     A thread draws those of the next step, which is enough on a CPU, where training takes longer; a
@@ -144,7 +144,7 @@ class Ahead(Generic[T]):
             generator=torch.Generator(),  # else torch's global one is moved
         )
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError
-from perceive_adapter.injection.checkpoint import is_sharded
 from perceive_adapter.injection.perception import Perception
 from perceive_adapter.modes import keeping_modes
 from perceive_adapter.training.calling import restored_by
+from perceive_adapter.weights import is_sharded
 
 __all__ = ["EARLIER", "EarlierSelf", "MediumSource", "Mediums"]
 

@@ -38,7 +38,7 @@ from perceive_adapter.training.captions import (
     write_captions,
     write_quality_captions,
 )
-from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
+from perceive_adapter.training.loop import Prefetcher, Schedule, seeded, train
 from perceive_adapter.training.tiers import tier_shares
 
 __all__ = [
@@ -310,10 +310,10 @@ def pretrain(
         side, count = _SIZES[step % len(_SIZES)]
         return draw_batch(sampler, count, side, towers.tokenize, seeded(seed, step))
 
-    with Ahead(draw, schedule.steps, workers) as ahead:
+    with Prefetcher(draw, schedule.steps, workers) as prefetched:
         train(
             {"towers": towers},
-            lambda step: towers.loss(ahead(step).to(device)),
+            lambda step: towers.loss(prefetched(step).to(device)),
             schedule,
             settings=settings,
             checkpoint=checkpoint,

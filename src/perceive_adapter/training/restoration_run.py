@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 
 from perceive_adapter.data.restoration import RestorationData, RestorationSample
 from perceive_adapter.errors import CheckpointError, ConfigError, ImageError, TrainingError
-from perceive_adapter.injection.checkpoint import fingerprint, whole
 from perceive_adapter.training.checkpoints import (
     REMEDY,
     check_settings,
@@ -33,6 +32,7 @@ from perceive_adapter.training.checkpoints import (
 )
 from perceive_adapter.training.loop import check_finite
 from perceive_adapter.training.restoration import RestorationStep
+from perceive_adapter.weights import fingerprint, full_tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -224,7 +224,7 @@ class RestorationRun:
         model = get_model_state_dict(inner, options=_WHOLE)
         moments = get_optimizer_state_dict(inner, optimizer, options=_WHOLE)
         # These gather, so every process must.
-        ema, settings = [whole(value).cpu() for value in self.ema], self._settings
+        ema, settings = [full_tensor(value).cpu() for value in self.ema], self._settings
         scaler = self.accelerator.scaler
         if self.accelerator.is_main_process:
             state = {
@@ -264,8 +264,7 @@ class RestorationRun:
         inner = self.accelerator.unwrap_model(self.step)
         terms = {n: " ".join(repr(term).split()) for n, term in inner.objective.named_children()}
         told["objective"] = {"weights": asdict(inner.objective.weights), **terms}
-        frozen = {name for name, value in inner.named_parameters() if not value.requires_grad}
-        others = [name for name in inner.state_dict() if name not in frozen]
+        others = [name for name in inner.state_dict() if name not in _frozen(inner)]
         told["frozen"] = fingerprint(inner, leave_out=others)
         return {**told, "precision": self.accelerator.mixed_precision}
 
@@ -282,7 +281,7 @@ class RestorationRun:
     def _check_fits(self, saved: Mapping[str, Tensor], file: Path | None) -> None:
         """Raise, before anything is loaded, if the saved state is of another model."""
         inner = self.accelerator.unwrap_model(self.step)
-        frozen = {name for name, value in inner.named_parameters() if not value.requires_grad}
+        frozen = _frozen(inner)
         shapes = {k: v.shape for k, v in inner.state_dict().items() if k not in frozen}
         found = {name: value.shape for name, value in saved.items()}
         if odd := sorted(n for n in {**shapes, **found} if shapes.get(n) != found.get(n)):
@@ -298,6 +297,11 @@ class RestorationRun:
         """
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return self.accelerator.unwrap_model(self.step), optimizer
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    """The names of the parameters that do not train."""
+    return {name for name, value in module.named_parameters() if not value.requires_grad}
 
 
 def in_channels_last(model: nn.Module) -> None:

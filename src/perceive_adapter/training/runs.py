@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from perceive_adapter.data.contents import content_digest
 from perceive_adapter.errors import CheckpointError, ConfigError
-from perceive_adapter.folders import replace_file
+from perceive_adapter.folders import write_json
 from perceive_adapter.training.checkpoints import REMEDY, check_settings
 
-__all__ = ["Split", "audit_elsewhere", "claim_folder", "split_photos", "write_json"]
+__all__ = ["Split", "audit_elsewhere", "claim_folder", "split_photos"]
 
 _AUDITED: Final = 10  # one photograph in so many
 _FEWEST: Final = 3
@@ -115,11 +115,6 @@ def claim_folder(out: Path, options: Mapping[str, Any]) -> Path:
     checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(record, options)
     return checkpoints
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file beside the old one and move it into place."""
-    replace_file(file, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _check_same(record: Path, options: Mapping[str, Any]) -> None:

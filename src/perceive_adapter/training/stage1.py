@@ -26,10 +26,10 @@ from perceive_adapter.data.samples import (
 )
 from perceive_adapter.data.triplets import Blend, Medium, Scene
 from perceive_adapter.errors import ConfigError
-from perceive_adapter.injection.checkpoint import fingerprint
 from perceive_adapter.perceiver.quality import QualityPerceiver
-from perceive_adapter.training.loop import Ahead, Schedule, seeded, train
+from perceive_adapter.training.loop import Prefetcher, Schedule, seeded, train
 from perceive_adapter.training.tiers import tier_shares
+from perceive_adapter.weights import fingerprint
 
 __all__ = ["PAPER", "TINY", "Stage1", "train_perceiver"]
 
@@ -133,10 +133,10 @@ def train_perceiver(
             return triplets
         return *triplets, *draw_damaged(folds, recipe.scenes, side, generator)
 
-    with _trainable(modules), Ahead(draw, recipe.schedule.steps) as ahead:
+    with _trainable(modules), Prefetcher(draw, recipe.schedule.steps) as prefetched:
 
         def loss_at(step: int) -> Tensor:
-            images, tiers, *damaged = (part.to(device) for part in ahead(step))
+            images, tiers, *damaged = (part.to(device) for part in prefetched(step))
             with torch.no_grad():
                 embedding = perceiver.embed(torch.cat([images, *damaged[:1]]))
             logits = perceiver.tier_logits(embedding)
@@ -187,17 +187,17 @@ def _settings(
     return {
         **asdict(recipe),
         "photographs": [photos_digest(fold) for fold in folds],
-        "mediums": [_told(medium) for medium in mediums],
+        "mediums": [_describe(medium) for medium in mediums],
         "towers": fingerprint(perceiver.towers),
         "prompts": fingerprint(prompts, {"context": prompts.initial}),
     }
 
 
-def _told(medium: Medium) -> str:
+def _describe(medium: Medium) -> str:
     """Name a medium with its numbers and texts, and those that it mixes; not its restorers."""
     values = getattr(medium, "__dict__", {}).items()
     parts = [f"{name}={value}" for name, value in values if isinstance(value, int | float | str)]
-    parts += [_told(part) for part in getattr(medium, "mediums", ())]
+    parts += [_describe(part) for part in getattr(medium, "mediums", ())]
     return f"{type(medium).__qualname__}({', '.join(parts)})"
 
 

@@ -15,12 +15,23 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from perceive_adapter.data.degradations.draws import Degradation
+from perceive_adapter.data.degradations.optics import (
+    defocus_blur,
+    downsampling,
+    gaussian_blur,
+    motion_blur,
+)
+from perceive_adapter.data.degradations.sensor import (
+    correlated_noise,
+    gaussian_noise,
+    jpeg,
+    low_light,
+    poisson_noise,
+)
+from perceive_adapter.data.degradations.weather import haze, rain
 from perceive_adapter.errors import ConfigError, ImageError
-
-from .draws import Degradation
-from .optics import defocus_blur, downsampling, gaussian_blur, motion_blur
-from .sensor import correlated_noise, gaussian_noise, jpeg, low_light, poisson_noise
-from .weather import haze, rain
+from perceive_adapter.precision import full_precision
 
 __all__ = ["DEGRADATIONS", "FAMILIES", "FAMILY_OF", "KINDS", "KIND_OF", "degrade", "mix"]
 
@@ -104,7 +115,7 @@ def degrade(
     """
     _check_image(image)
     # Half precision is too coarse for rare drops, and results should not hang on the dtype.
-    precise = image.to(torch.promote_types(image.dtype, torch.float32))
+    precise = full_precision(image)
     per_sample = _per_sample_severity(severity, precise)
     if isinstance(name, str):
         damaged = _lookup(name)(precise, per_sample, generator)

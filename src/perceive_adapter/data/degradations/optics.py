@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draws import uniform
+from perceive_adapter.data.degradations.draws import uniform
 
 __all__ = ["convolve", "defocus_blur", "downsampling", "gaussian_blur", "motion_blur"]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .draws import normal, uniform
-from .optics import convolve
+from perceive_adapter.data.degradations.draws import normal, uniform
+from perceive_adapter.data.degradations.optics import convolve
 
 __all__ = [
     "correlated_noise",

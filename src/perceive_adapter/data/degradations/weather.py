@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draws import uniform
-from .optics import convolve
+from perceive_adapter.data.degradations.draws import uniform
+from perceive_adapter.data.degradations.optics import convolve
 
 __all__ = ["haze", "rain"]
 
