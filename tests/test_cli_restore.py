@@ -365,13 +365,70 @@ def test_what_is_there_is_replaced_only_if_asked(
     Path("out/b/c.png").write_text("of another run")
     assert restore("photos", "--out", "out") == 2
     complaint = capsys.readouterr().err
-    assert "holds 1 of the 2 restored images already, such as 'out/b/c.png'" in complaint
+    assert "holds files already by the names of 1 of the 2 restored" in complaint
+    assert "such as 'out/b/c.png'" in complaint
     assert "or --overwrite" in complaint
     assert files("out") == {"b/c.png"}
     assert Path("out/b/c.png").read_text() == "of another run"
     assert restore("photos", "--out", "out", "--overwrite") == 0
     assert same("out/b/c.png", model.restore("photos/b/c.png"))
     assert files("out") == {"a.png", "b/c.png"}
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(
+    model: PerceiveModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "a.jpg", "c.png"):
+        photograph(f"photos/{name}")
+    assert restore("photos", "--out", "out") == 0
+    restored = {name: Path(f"out/{name}").read_bytes() for name in files("out")}
+    Path("out/a-2.png").write_text("done")
+    Path("out/c.png").unlink()
+    capsys.readouterr()
+    assert restore("photos", "--out", "out", "--skip-existing", "--json") == 0
+    printed = capsys.readouterr()
+    assert [Path(one["file"]).name for one in json.loads(printed.out)] == ["c.png"]
+    assert "2 of 3 restored images are there already" in printed.err
+    assert Path("out/c.png").read_bytes() == restored["c.png"]
+    assert Path("out/a-2.png").read_text() == "done"
+    assert restore("photos", "--out", "out", "--skip-existing", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_what_an_interrupted_run_has_told_is_json(
+    model: PerceiveModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png"):
+        photograph(f"photos/{name}")
+    whole = PerceiveModel.restore
+
+    def interrupted(self: PerceiveModel, image: Any, **options: Any) -> Any:
+        if files("out"):
+            raise KeyboardInterrupt
+        return whole(self, image, **options)
+
+    monkeypatch.setattr(PerceiveModel, "restore", interrupted)
+    assert restore("photos", "--out", "out", "--json") == 130
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one["restored"] == "out/a.png"
+
+
+def test_of_animations_it_is_said_that_the_first_frame_is_taken(
+    model: PerceiveModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("photos/.hidden").mkdir(parents=True)
+    first, second = (Image.new("RGB", (20, 20), color) for color in ("red", "blue"))
+    for name in ("photos/a.webp", "photos/b.gif"):
+        first.save(name, save_all=True, append_images=[second])
+    for name in ("photos/._a.webp", "photos/.hidden/c.png"):  # as macOS and file managers have them
+        Path(name).write_text("no image")
+    assert restore("photos", "--out", "out") == 0
+    told = capsys.readouterr().err
+    assert "of the 2 frames or pages of photos/a.webp the first is taken" in told
+    assert (
+        "1 images of kinds that are not searched for are passed over, such as photos/b.gif" in told
+    )
+    assert files("out") == {"a.png"}
 
 
 def test_restored_images_are_not_restored_again(model: PerceiveModel) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perceive_adapter.errors import ConfigError, ImageError
+from perceive_adapter.errors import BackboneError, ConfigError, ImageError
 from perceive_adapter.evaluation.cases import Case, degraded_cases, noise_cases
 from perceive_adapter.evaluation.measure import Measured, compare
 from perceive_adapter.evaluation.protocols import PROTOCOLS
@@ -66,24 +66,6 @@ def test_figures_are_those_of_scikit_image() -> None:
         use_sample_covariance=False,
     )
     assert given.ssim == pytest.approx(ssim, abs=1e-4)
-
-
-def test_similarity_is_right_where_an_image_is_bright_and_flat() -> None:
-    target = torch.full((1, 3, 64, 64), 250.0)
-    noisy = (target + torch.randn(target.shape, generator=torch.Generator().manual_seed(0))).round()
-    case = Case("noise", "a", lambda: (noisy / 255, target / 255))
-    (given,) = compare({}, [case])
-    first, second = (array(image[0]).astype(np.float64) / 255 for image in (noisy, target))
-    expected = skimage.metrics.structural_similarity(
-        second,
-        first,
-        data_range=1,
-        channel_axis=2,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-    )
-    assert given.ssim == pytest.approx(expected, abs=1e-5)
 
 
 def test_restored_images_are_measured_as_files_of_8_bits_hold_them() -> None:
@@ -187,6 +169,24 @@ def test_what_cannot_be_measured_is_left_out_if_asked(tmp_path: Path) -> None:
     assert len(skipped) == 4
     assert "0.png" in skipped[0]
     assert "1.png, severity 0.3 has 5 x 5 pixels" in skipped[2]
+
+
+def test_images_that_a_network_fails_on_are_named() -> None:
+    def fails(image: torch.Tensor) -> torch.Tensor:
+        if image.shape[-1] > 20:
+            raise RuntimeError("no such size")
+        return image
+
+    small, large = (torch.rand(1, 3, 16, side) for side in (16, 24))
+    cases = [Case("rain", name, lambda x=x: (x, x)) for name, x in (("a", small), ("b", large))]
+    with pytest.raises(
+        BackboneError, match=r"b of rain, 24 x 16 .*RuntimeError: no such size.*skip"
+    ):
+        compare({"fails": fails}, cases)
+    skipped: list[str] = []
+    found = compare({"fails": fails}, cases, skipped=skipped)
+    assert [row.image for row in found] == ["a", "a"]
+    assert len(skipped) == 1
 
 
 # Protocols

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0: done. 1: done, except for files that could not be read. 2: cannot be done; why and the
-        remedy are on stderr. 130: interrupted. 141: nobody reads the output.
+        remedy are on stderr. 70: a fault of the program, or of the user's code, whose traceback is
+        on stderr. 130: interrupted. 141: nobody reads the output.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: no name ends a run
@@ -60,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("perceive-adapter: interrupted", file=sys.stderr)
         return 130
+    except Exception:  # not 1, which says that most is done
+        traceback.print_exc()
+        return 70
     return code
 
 

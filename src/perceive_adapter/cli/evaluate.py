@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perceive_adapter.cli.backbones import (
     add_network,
@@ -15,7 +14,13 @@ from perceive_adapter.cli.backbones import (
     load_wrapped,
     side_by_side,
 )
-from perceive_adapter.cli.options import check_folder, integer, needs, read_path
+from perceive_adapter.cli.options import (
+    check_folder,
+    integer,
+    needs,
+    read_path,
+    with_progress,
+)
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +57,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--broken",
         choices=("raise", "skip"),
         default="raise",
-        help="what to do with files without a partner, and images that are damaged or tiny",
+        help="what to do with files without a partner, and images that are damaged, tiny, or that "
+        "the network fails on",
     )
     add(
         "--out",
@@ -95,7 +101,7 @@ def run(arguments: Namespace) -> int:
 
     measured = compare(
         _networks(arguments),
-        _with_progress(cases),
+        with_progress(cases, "evaluate"),
         device=arguments.device,
         skipped=skipped,
         keep=keep if out is not None else None,
@@ -106,7 +112,7 @@ def run(arguments: Namespace) -> int:
         raise ConfigError(f"of {str(arguments.data)!r} nothing is left to measure.")
     print(table(measured))
     if out is not None:
-        _write(arguments, out, measured, shown)
+        _write(arguments, out, measured, shown, skipped or [])
     return 0
 
 
@@ -128,27 +134,24 @@ def _limited(cases: list[Case], limit: int) -> list[Case]:
     return chosen
 
 
-def _with_progress(cases: list[Case]) -> Iterable[Case]:
-    from tqdm import tqdm
-
-    progress: Iterable[Case] = tqdm(cases, "evaluate", ncols=80, file=sys.stderr, leave=False)
-    return progress
-
-
 def _write(
     arguments: Namespace,
     out: Path,
     measured: list[Measured],
     shown: dict[str, dict[str, Tensor]],
+    skipped: list[str],
 ) -> None:
     from perceive_adapter.evaluation.report import draw_bars, draw_grid, stamp, table, write_csv
     from perceive_adapter.folders import replace_file, write_json
 
-    made = stamp(arguments.protocol, arguments.device)
-    for name in ("backbone", "adapter", "data", "tile", "limit"):
+    made: dict[str, Any] = {**stamp(arguments.protocol, arguments.device)}
+    for name in ("backbone", "adapter", "data", "tile", "limit", "broken"):
         value = getattr(arguments, name)
-        made[name] = "none" if value is None else str(value)
-    lines = [*(f"- {name}: {value}" for name, value in made.items()), "", table(measured), ""]
+        made[name] = str(value) if isinstance(value, Path) else value
+    made["skipped"] = len(skipped)
+    shown_values = {name: "none" if value is None else value for name, value in made.items()}
+    lines = [*(f"- {name}: {value}" for name, value in shown_values.items()), "", table(measured)]
+    lines += ["", *(f"- skipped: {one}" for one in skipped), ""] if skipped else [""]
     replace_file(out / "table.md", "\n".join(lines).encode(errors="backslashreplace"))
     write_json(out / "stamp.json", made)
     write_csv(measured, out / "images.csv")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -12,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from perceive_adapter.cli.backbones import add_backbone, load_network, side_by_side
 from perceive_adapter.cli.finetune_data import LARGEST, find_data
 from perceive_adapter.cli.finetune_plan import make_data, make_recipe, options_of
-from perceive_adapter.cli.options import between, integer, name_or_path, needs, rate, read_path
+from perceive_adapter.cli.options import (
+    between,
+    integer,
+    name_or_path,
+    needs,
+    rate,
+    read_path,
+    say,
+    with_progress,
+)
 from perceive_adapter.errors import ConfigError, UnseenTaskWarning
 
 if TYPE_CHECKING:
@@ -246,7 +254,7 @@ def _treat_by_itself(
             write_json(file, {"treated": find_treated(model, data)})
         for one in told:
             if issubclass(one.category, UnseenTaskWarning):
-                _say(f"Note: {one.message}.")
+                say(f"Note: {one.message}.")
             else:
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     accelerator.wait_for_everyone()
@@ -266,13 +274,13 @@ def _introduce(model: PerceiveModel, data: RestorationData, found: TrainingFiles
     """Say what is trained, on what, and what was skipped."""
     status = model.status()
     limits = "works on every image" if status.treats is None else "leaves other images alone"
-    _say(f"{status}; {limits}.")
-    _say(
+    say(f"{status}; {limits}.")
+    say(
         f"Tasks: {', '.join(data.tasks)}. {len(found.pairs)} pairs and {len(found.photos)} "
         f"photographs to train on; {len(found.held_pairs)} and {len(found.held_photos)} set aside."
     )
     if found.skipped:
-        _say(f"Skipped {len(found.skipped)} files, such as: {found.skipped[0]}.")
+        say(f"Skipped {len(found.skipped)} files, such as: {found.skipped[0]}.")
 
 
 def _save(
@@ -294,14 +302,10 @@ def _save(
         return
     model.eval()
     both = side_by_side(model, tile=LARGEST)  # pairs may be of any size, and memory is not
-    measured = compare(both, cases, device=accelerator.device)
+    measured = compare(both, with_progress(cases, "measure"), device=accelerator.device)
     print(table(measured))
     figures: dict[str, float | str] = {}
     for group, networks in group_means(measured).items():
         for name, (psnr, _) in networks.items():
             figures[f"{group}, {name}: PSNR in dB on what was set aside"] = psnr
     model.save_pretrained(arguments.out, figures=figures)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

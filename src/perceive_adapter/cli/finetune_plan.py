@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from perceive_adapter.cli.options import check_falls
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,11 +66,7 @@ def make_recipe(arguments: Namespace) -> Stage2:
     from perceive_adapter.losses import ObjectiveWeights
     from perceive_adapter.training.stage2 import ADAPTER
 
-    if arguments.final_learning_rate > arguments.learning_rate:
-        raise ConfigError(
-            f"--final-learning-rate {arguments.final_learning_rate:g} is above --learning-rate "
-            f"{arguments.learning_rate:g}: expected it to fall. Give both."
-        )
+    check_falls(arguments.learning_rate, arguments.final_learning_rate)
     schedule = replace(
         ADAPTER.schedule.with_steps(arguments.steps),
         learning_rate=arguments.learning_rate,

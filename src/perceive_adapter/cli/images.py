@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,7 @@ __all__ = [
     "look",
     "row",
     "shown",
+    "tell_of_frames",
 ]
 
 PERCEIVED = f"score  {'tier':8}  degradations and their severity"  # the head of :func:`row`
@@ -53,30 +55,46 @@ class Found(NamedTuple):
 
 
 class Report:
-    """What is told of images, as rows or as a JSON array, and of those that cannot be done."""
+    """What is told of images, as rows or as a JSON array, and of those that cannot be done.
+
+    Inside it as a context rows and records are printed as they come.
+    """
 
     def __init__(self, *, as_json: bool) -> None:
-        self._records: list[dict[str, Any]] | None = [] if as_json else None
+        self._as_json = as_json
         self._count = 0
         self._failed = False
 
+    def __enter__(self) -> Report:
+        if self._as_json:
+            print("[", end="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._as_json:  # also of a run that is interrupted
+            print("\n]" if self._count else "]", flush=True)
+
     def head(self, line: str) -> None:
         """Tell the names of the columns."""
-        if self._records is None:
+        if not self._as_json:
             print(line)
 
     def add(self, record: dict[str, Any], line: str) -> None:
         """Tell of an image: by its record in JSON, or else by its row."""
         self._count += 1
-        if self._records is None:
-            print(line, flush=True)
-        else:
-            self._records.append(record)
+        if self._as_json:
+            text = textwrap.indent(json.dumps(record, indent=2, allow_nan=False), "  ")
+            line = f"{',' if self._count > 1 else ''}\n{text}"
+        print(line, end="" if self._as_json else "\n", flush=True)
+
+    def note(self, message: str) -> None:
+        """Tell what is worth knowing and nothing has failed by, on stderr."""
+        print(f"perceive-adapter: {message}", file=sys.stderr)
 
     def complain(self, message: str) -> None:
         """Tell what cannot be done, on stderr."""
         self._failed = True
-        print(f"perceive-adapter: {message}", file=sys.stderr)
+        self.note(message)
 
     @contextmanager
     def skipping(self, file: Path) -> Iterator[None]:
@@ -90,11 +108,9 @@ class Report:
         except ImageError as error:
             self.complain(f"skipped {shown(file)}: {error}. {_REMEDY}")
 
-    def end(self) -> int:
-        """Print the array, and return the exit code: 0 all done, 1 some, 2 none."""
-        if self._records is not None:
-            print(json.dumps(self._records, indent=2, allow_nan=False))
-        return int(self._failed) if self._count else 2
+    def code(self, done_before: int = 0) -> int:
+        """Return the exit code: 0 all done, 1 some, 2 none."""
+        return int(self._failed) if self._count + done_before else 2
 
 
 def add_paths(parser: ArgumentParser) -> None:
@@ -136,6 +152,13 @@ def find_inputs(paths: Sequence[Path], outputs: Path | None, report: Report) -> 
         found = [one for one in found if not one.file.is_dir()]
         if outputs is not None and not _lies_in(path, outputs):
             found = [one for one in found if not _lies_in(one.file, outputs)]
+        if others := [
+            file for file in _not_searched(path) if outputs is None or not _lies_in(file, outputs)
+        ]:
+            report.note(
+                f"in the folder {shown(path)} {len(others)} images of kinds that are not searched "
+                f"for are passed over, such as {shown(others[0])}. Give them one by one."
+            )
         if not found:
             report.complain(
                 f"skipped the folder {shown(path)}: it holds no image, at any depth. Give a "
@@ -143,6 +166,34 @@ def find_inputs(paths: Sequence[Path], outputs: Path | None, report: Report) -> 
             )
         files += found
     return files
+
+
+def _not_searched(folder: Path) -> list[Path]:
+    """Image files that PIL knows, and that are not searched for."""
+    from PIL import Image
+
+    from perceive_adapter.data.photos import IMAGE_SUFFIXES
+    from perceive_adapter.data.walking import walk
+
+    kinds = Image.registered_extensions()
+    others = {end for end, kind in kinds.items() if kind in Image.OPEN} - set(IMAGE_SUFFIXES)
+    return [
+        parent / name
+        for parent, _, names in walk(folder)
+        for name in names
+        if Path(name).suffix.lower() in others
+    ]
+
+
+def tell_of_frames(file: Path, report: Report) -> None:
+    """Note that of an animation or of several pages the first is taken."""
+    from PIL import Image
+
+    from perceive_adapter.data.file_headers import UNREADABLE
+
+    with suppress(*UNREADABLE), Image.open(file) as image:
+        if (count := getattr(image, "n_frames", 1)) > 1:
+            report.note(f"of the {count} frames or pages of {shown(file)} the first is taken.")
 
 
 def free_names(wanted: Iterable[Path], taken: Iterable[Path]) -> list[Path]:

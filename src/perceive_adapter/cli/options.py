@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from perceive_adapter.errors import ConfigError, MissingDependencyError
 
 __all__ = [
     "between",
+    "check_falls",
     "check_folder",
     "device",
     "integer",
@@ -20,8 +22,12 @@ __all__ = [
     "needs",
     "rate",
     "read_path",
+    "say",
     "with_config",
+    "with_progress",
 ]
+
+T = TypeVar("T")
 
 
 def read_path(text: str) -> Path:
@@ -113,6 +119,28 @@ def needs(*modules: str, extra: str) -> None:
         raise MissingDependencyError(
             f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}, or "
             f"perceive_adapter anew with its extra {extra!r}, which brings all that commands need."
+        )
+
+
+def say(message: str) -> None:
+    """Tell of what is done, on stderr, where it does not get into what is asked for."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def with_progress(items: Sequence[T], title: str) -> Iterable[T]:
+    """Go through items behind a progress bar on stderr, which is gone at the end."""
+    from tqdm import tqdm
+
+    progress: Iterable[T] = tqdm(items, title, ncols=80, file=sys.stderr, leave=False)
+    return progress
+
+
+def check_falls(learning_rate: float, final: float) -> None:
+    """Raise ConfigError if a learning rate would rise."""
+    if final > learning_rate:
+        raise ConfigError(
+            f"--final-learning-rate {final:g} is above --learning-rate {learning_rate:g}: expected "
+            "it to fall. Give both."
         )
 
 

@@ -21,6 +21,7 @@ from perceive_adapter.cli.images import (
     look,
     row,
     shown,
+    tell_of_frames,
 )
 from perceive_adapter.cli.options import device, name_or_path, read_path
 from perceive_adapter.errors import ConfigError
@@ -84,12 +85,13 @@ def run(arguments: Namespace) -> int:
     files = [found.file for found in find_inputs(arguments.paths, arguments.map, report)]
     maps = [None] * len(files) if arguments.map is None else _map_files(files, arguments.map)
     head, *names = column("file", files)
-    report.head(f"{head}  {PERCEIVED}")
-    for file, name, drawn in zip(files, names, maps, strict=True):
-        with report.skipping(file):
-            record = _perceive(perceiver, file, drawn, report)
-            report.add(record, f"{name}  {row(record)}")
-    return report.end()
+    with report:
+        report.head(f"{head}  {PERCEIVED}")
+        for file, name, drawn in zip(files, names, maps, strict=True):
+            with report.skipping(file):
+                record = _perceive(perceiver, file, drawn, report)
+                report.add(record, f"{name}  {row(record)}")
+    return report.code()
 
 
 def _check_revision(arguments: Namespace) -> None:
@@ -113,6 +115,7 @@ def _perceive(
 ) -> dict[str, Any]:
     """Perceive one file, draw its map where that can be written, and return all that was found."""
     pixels = as_rgb(file)
+    tell_of_frames(file, report)
     record = {"file": str(file), **look(perceiver, pixels)}
     if drawn is not None:
         try:

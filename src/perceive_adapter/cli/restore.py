@@ -24,6 +24,7 @@ from perceive_adapter.cli.images import (
     look,
     row,
     shown,
+    tell_of_frames,
 )
 from perceive_adapter.cli.options import read_path
 from perceive_adapter.errors import BackboneError, ConfigError, ImageError
@@ -54,7 +55,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="where each restored image is written as a PNG, by its name below the folder that "
         "was given; a name that is taken is numbered, as of a.jpg beside a.png",
     )
-    add("--overwrite", action="store_true", help="replace restored images that are there already")
+    there = parser.add_mutually_exclusive_group().add_argument
+    there("--overwrite", action="store_true", help="replace files that are there already")
+    there(
+        "--skip-existing",
+        action="store_true",
+        help="leave out images whose restored ones are there already, to go on after an "
+        "interruption",
+    )
     add(
         "--json",
         action="store_true",
@@ -69,7 +77,18 @@ def run(arguments: Namespace) -> int:
     report = Report(as_json=arguments.json)
     check_outputs("--out", arguments.out, arguments.paths)
     found = find_inputs(arguments.paths, arguments.out, report)
-    targets = _targets(found, arguments.out, overwrite=arguments.overwrite)
+    targets = _targets(found, arguments.out)
+    there = {target for target in targets if os.path.lexists(target)}
+    if arguments.skip_existing:
+        left = [pair for pair in zip(found, targets, strict=True) if pair[1] not in there]
+        report.note(f"{len(there)} of {len(found)} restored images are there already.")
+        found, targets = [one for one, _ in left], [target for _, target in left]
+    elif there and not arguments.overwrite:
+        raise ConfigError(
+            f"--out {arguments.out} holds files already by the names of {len(there)} of the "
+            f"{len(targets)} restored images, such as {str(min(there))!r}. Give another folder, "
+            "--skip-existing to restore the others alone, or --overwrite to replace them."
+        )
     model = load_wrapped(arguments)
     if (channels := model.sites.image_channels) not in (1, 3):
         raise BackboneError(
@@ -78,28 +97,21 @@ def run(arguments: Namespace) -> int:
         )
     head, *names = column("file", [one.file for one in found])
     head_out, *names_out = column("restored", targets)
-    report.head(f"{head}  {head_out}{f'  {PERCEIVED}' if model.perceiver is not None else ''}")
-    with nullcontext() if arguments.adapter is not None else model.disabled():
+    with report, nullcontext() if arguments.adapter is not None else model.disabled():
+        report.head(f"{head}  {head_out}{f'  {PERCEIVED}' if model.perceiver is not None else ''}")
         for (file, _), target, *cells in zip(found, targets, names, names_out, strict=True):
             with report.skipping(file):
                 record = _restore(model, file, target, arguments.tile, report)
                 if record is not None:
                     cells += [row(record)] if model.perceiver is not None else []
                     report.add(record, "  ".join(cells))
-    return report.end()
+    return report.code(len(there) if arguments.skip_existing else 0)
 
 
-def _targets(found: Sequence[Found], out: Path, *, overwrite: bool) -> list[Path]:
-    """Name a PNG for each image: no two alike, none an input, and none there if not asked for."""
+def _targets(found: Sequence[Found], out: Path) -> list[Path]:
+    """Name a PNG for each image: no two alike, and none an input."""
     wanted = [out / below.with_name(f"{below.stem}.png") for _, below in found]
-    targets = free_names(wanted, [file for file, _ in found])
-    there = [] if overwrite else [target for target in targets if os.path.lexists(target)]
-    if there:
-        raise ConfigError(
-            f"--out {out} holds {len(there)} of the {len(targets)} restored images already, such "
-            f"as {str(there[0])!r}. Give another folder, or --overwrite to replace them."
-        )
-    return targets
+    return free_names(wanted, [file for file, _ in found])
 
 
 def _restore(
@@ -110,6 +122,7 @@ def _restore(
     from perceive_adapter.injection.restore import is_out_of_memory
 
     image = open_image(file, str(file))
+    tell_of_frames(file, report)
     try:
         restored = model.restore(image, tile=tile)
         seen = {} if model.perceiver is None else look(model.perceiver, as_rgb(image))

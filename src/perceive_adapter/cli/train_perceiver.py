@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perceive_adapter.cli.options import device, integer, name_or_path, rate, read_path
+from perceive_adapter.cli.options import device, integer, name_or_path, rate, read_path, say
 from perceive_adapter.cli.train_plan import Plan, facts_of, make_plan, options_of
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ def run(arguments: Namespace) -> int:
     else:
         split = audit_elsewhere(paths, find_photos(arguments.audit_data))
     perceiver = _create(arguments, plan)  # options that cannot work are found before training
-    _say(
+    say(
         f"{len(split.trained)} photographs to train on, in two folds, and "
         f"{len(split.audit)} others for the audit."
     )
@@ -190,7 +189,7 @@ def _audit(
     from perceive_adapter.cli.audit_report import report
     from perceive_adapter.perceiver.audit import audit
 
-    _say(f"Audit on {len(photos)} photographs that training never saw.")
+    say(f"Audit on {len(photos)} photographs that training never saw.")
     found = audit(perceiver, photos, medium=medium, seed=arguments.seed)
     root = arguments.audit_data or arguments.data
     names = sorted(path.relative_to(root).as_posix() for path in split.audit)
@@ -255,7 +254,3 @@ def _medium(
         )
     )
     return restored if arguments.medium == "restored" else Mixed([restored, Blend(), Milder()])
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

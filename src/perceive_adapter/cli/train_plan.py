@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from perceive_adapter.cli.options import check_falls
 from perceive_adapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,9 +15,8 @@ if TYPE_CHECKING:
     from perceive_adapter.training.runs import Split
     from perceive_adapter.training.stage1 import Stage1
 
-__all__ = ["TINY_NAME", "Plan", "facts_of", "make_plan", "options_of"]
+__all__ = ["Plan", "facts_of", "make_plan", "options_of"]
 
-TINY_NAME = "perceive-tiny"
 _RESTORED = ("restored", "mixed")  # media that restorers make
 
 
@@ -71,19 +71,19 @@ def make_plan(arguments: Namespace) -> Plan:
         CheckpointError: the perceiver to start from is missing or damaged.
     """
     from perceive_adapter.perceiver import QualityPerceiver
-    from perceive_adapter.perceiver.bundled import BUNDLED
+    from perceive_adapter.perceiver.bundled import BUNDLED, PERCEIVE_TINY
     from perceive_adapter.training import pretrain, restorers
     from perceive_adapter.training.stage1 import PAPER, TINY
 
-    tiny = arguments.clip == TINY_NAME
+    tiny = arguments.clip == PERCEIVE_TINY
     if arguments.pretrain_steps and not tiny:
         raise ConfigError(
-            f"--pretrain-steps is for --clip {TINY_NAME}: {arguments.clip} comes with weights. "
+            f"--pretrain-steps is for --clip {PERCEIVE_TINY}: {arguments.clip} comes with weights. "
             "Leave it out."
         )
     if arguments.start_from is not None and not tiny:
         raise ConfigError(
-            f"--start-from is for --clip {TINY_NAME}, whose towers are trained: those of "
+            f"--start-from is for --clip {PERCEIVE_TINY}, whose towers are trained: those of "
             f"{arguments.clip} are not. Leave it out."
         )
     if arguments.start_from not in (None, *BUNDLED) and arguments.audit_data is None:
@@ -93,7 +93,7 @@ def make_plan(arguments: Namespace) -> Plan:
         )
     if arguments.workers and not tiny:
         raise ConfigError(
-            f"--workers is for --clip {TINY_NAME}, whose towers are trained: those of "
+            f"--workers is for --clip {PERCEIVE_TINY}, whose towers are trained: those of "
             f"{arguments.clip} are not. Leave it out."
         )
     if arguments.restorer_steps and arguments.medium not in _RESTORED:
@@ -107,11 +107,7 @@ def make_plan(arguments: Namespace) -> Plan:
         _lasting(recipe.schedule, arguments.steps),
         **{name: value for name, value in names.items() if value is not None},
     )
-    if schedule.final_learning_rate > schedule.learning_rate:
-        raise ConfigError(
-            f"--final-learning-rate {schedule.final_learning_rate:g} is above --learning-rate "
-            f"{schedule.learning_rate:g}: expected it to fall. Give both."
-        )
+    check_falls(schedule.learning_rate, schedule.final_learning_rate)
     stage1 = replace(
         recipe,
         schedule=schedule,

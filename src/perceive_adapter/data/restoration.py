@@ -198,8 +198,9 @@ class PairFiles:
             except ImageError as error:
                 if self.broken == "raise":
                     raise ImageError(
-                        f"{error}. Mend or remove the pair, or leave it out "
-                        '(broken="skip", or --broken skip).'
+                        f"{error}. Leave such pairs out and go on with this run "
+                        '(broken="skip", or --broken skip), or mend or remove the files, which '
+                        "makes another run."
                     ) from error
                 self.skipped.add(pair)
                 warn(f"skipped a pair: {error}")

@@ -17,16 +17,18 @@ def walk(
     Where ``deep`` is False, that is ``root`` alone.
 
     Links to folders are followed. No folder is entered twice, so that links in a circle come to an
-    end; its name is given wherever it is. Names are sorted. A folder that cannot be listed is told
-    to ``onerror`` and passed over: whoever searches tells of it, as :func:`unlisted` does.
+    end; its name is given wherever it is. Names are sorted. Hidden files and folders, whose names
+    begin with a dot, and those that macOS adds to archives are passed over. So is a folder that
+    cannot be listed, which is told to ``onerror``: whoever searches tells of it, as
+    :func:`unlisted` does.
     """
     entered: set[tuple[int, int]] = set()
     tell = onerror or (lambda error: None)
     for parent, folders, files in os.walk(root, followlinks=True, onerror=tell):
         if not entered:
             _is_new(parent, entered, tell)
-        folders.sort()
-        yield Path(parent), list(folders), sorted(files)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        yield Path(parent), list(folders), sorted(name for name in files if not _is_hidden(name))
         entering = folders if deep else []
         folders[:] = [
             name for name in entering if _is_new(os.path.join(parent, name), entered, tell)
@@ -43,6 +45,10 @@ def unlisted(root: Path, *, deep: bool = True) -> list[str]:
         for error in errors
         if not isinstance(error, (FileNotFoundError, NotADirectoryError))  # gone, or a file
     ]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_new(folder: str, entered: set[tuple[int, int]], tell: Callable[[OSError], None]) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from perceive_adapter.data.samples import as_file
-from perceive_adapter.errors import ImageError
+from perceive_adapter.errors import BackboneError, ImageError, PerceiveError
 from perceive_adapter.evaluation.cases import Case
+from perceive_adapter.injection.restore import is_out_of_memory
 
 __all__ = ["Measured", "Restore", "check_measurable", "compare"]
 
@@ -56,13 +57,14 @@ def compare(
         networks: by name.
         cases: what is restored.
         device: where the images go.
-        skipped: takes what is wrong with each case that cannot be read, or is too small to be
-            measured, which then is left out; None for an error.
+        skipped: takes what is wrong with each case that cannot be read, is too small to be
+            measured, or that a network fails on, which then is left out; None for an error.
         keep: called with each case and its images, (3, H, W) by name, ``degraded`` and ``target``
             among them.
 
     Raises:
         ImageError: an image is too small to be measured, or a network gives another size.
+        BackboneError: a network fails on an image.
     """
     found: list[Measured] = []
     for case in cases:
@@ -75,8 +77,14 @@ def compare(
             skipped.append(str(error))
             continue
         images = {DEGRADED: degraded}
-        for name, restore in networks.items():  # some write into their input
-            images[name] = as_file(restore(degraded.clone()).float())
+        try:
+            for name, restore in networks.items():
+                images[name] = _restored(restore, degraded, case)
+        except BackboneError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
         found += [
             Measured(case.group, case.image, name, *_metrics(image, target, case.image))
             for name, image in images.items()
@@ -84,6 +92,21 @@ def compare(
         if keep is not None:
             keep(case, {**{n: image[0] for n, image in images.items()}, "target": target[0]})
     return found
+
+
+def _restored(restore: Restore, degraded: Tensor, case: Case) -> Tensor:
+    try:
+        return as_file(restore(degraded.clone()).float())  # some write into their input
+    except Exception as error:  # whatever a network raises for an image that it was not made for
+        height, width = degraded.shape[-2:]
+        told = (
+            str(error) if isinstance(error, PerceiveError) else f"{type(error).__name__}: {error}"
+        )
+        remedy = " Restore it in tiles, such as --tile 512." if is_out_of_memory(error) else ""
+        raise BackboneError(
+            f"{case.image} of {case.group}, {width} x {height} pixels, cannot be restored: {told}."
+            f"{remedy} Or leave such images out, with --broken skip."
+        ) from error
 
 
 def check_measurable(image: Tensor, target: Tensor, name: str) -> None:
@@ -107,7 +130,6 @@ def _metrics(image: Tensor, target: Tensor, name: str) -> tuple[float, float]:
     )
 
     check_measurable(image, target, name)
-    image, target = image.double(), target.double()  # SSIM's variances are small differences
     psnr = peak_signal_noise_ratio(image, target, data_range=1.0)
     _, ssim = structural_similarity_index_measure(
         image, target, data_range=1.0, return_full_image=True

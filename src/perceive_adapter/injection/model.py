@@ -246,8 +246,8 @@ class PerceiveModel(nn.Module):
         """Run everything inside the context with one perception, folded into the weights.
 
         For many forward passes of one image, such as its tiles, without gradients: those of other
-        networks inside the context have none either. Other threads wait. Inside :meth:`disabled`
-        it does nothing.
+        networks inside the context have none either. Other threads wait; coroutines of the same
+        thread do not, so leave no ``await`` inside. Inside :meth:`disabled` it does nothing.
 
         Raises:
             PerceptionError: the perception is of more than one image, or a fold, or a forward pass
@@ -278,6 +278,8 @@ class PerceiveModel(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the bare backbone inside the context. Other threads wait.
+
+        Coroutines of the same thread do not wait: leave no ``await`` inside.
 
         Raises:
             PerceptionError: a fold is under way.

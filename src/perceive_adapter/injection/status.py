@@ -38,8 +38,9 @@ class AdapterStatus:
     treats: tuple[str, ...] | None
 
     def __str__(self) -> str:
+        total = f"{self.total / 1e6:.1f} M" if self.total >= 1e6 else f"{self.total:,}"
         text = (
-            f"trainable: {self.trainable:,} of {self.total / 1e6:.1f} M "
+            f"trainable: {self.trainable:,} of {total} "
             f"({100 * self.trainable / self.total:.1f} %), "
             f"{len(self.levels)} level and {len(self.layers)} layer sites"
         )

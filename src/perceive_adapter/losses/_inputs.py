@@ -2,11 +2,13 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from perceive_adapter.errors import ConfigError, LossInputError
+from perceive_adapter.perceiver.checks import LARGEST
 
-__all__ = ["check_image", "check_number"]
+__all__ = ["check_image", "check_number", "check_unit_range"]
 
 
 def check_image(
@@ -41,6 +43,20 @@ def check_image(
     if like is not None and image.device != like.device:
         raise LossInputError(f"{name} is on {image.device}, {whose} is on {like.device}")
     return image.expand(-1, 3, -1, -1)
+
+
+def check_unit_range(name: str, image: Tensor) -> None:
+    """Raise where an image has the values of 8-bit ones; a look at those on a GPU would wait.
+
+    Raises:
+        LossInputError: so it is.
+    """
+    if image.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (largest := float(image.detach().amax())) > LARGEST:
+        raise LossInputError(
+            f"{name} has values up to {largest:.4g}: expected [0, 1]; divide 8-bit images by 255"
+        )
 
 
 def check_number(name: str, value: float, *, positive: bool = False) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
 from perceive_adapter.losses._distances import Level, References, distances, in_one_pass
-from perceive_adapter.losses._inputs import check_image, check_number
+from perceive_adapter.losses._inputs import check_image, check_number, check_unit_range
 from perceive_adapter.losses.features import resolve_features
 from perceive_adapter.precision import full_precision
 
@@ -197,6 +197,7 @@ class DifficultyAdaptiveLoss(nn.Module):
         checked = [self._here(names[0], images[0])]
         for name, image in zip(names[1:], images[1:], strict=True):
             checked.append(check_image(name, image, like=images[0], whose=names[0]))
+        check_unit_range("target", checked[len(first) - 2])
         mask = _check_valid(valid, len(images) - len(first), checked[0])
         found = [full_precision(image) for image in checked]
         target = len(first) - 2

@@ -9,9 +9,9 @@ from torch import Tensor
 from perceive_adapter.errors import ImageError, ImageRangeWarning
 from perceive_adapter.warning import warn
 
-__all__ = ["check_finite", "check_image", "check_range"]
+__all__ = ["LARGEST", "check_finite", "check_image", "check_range"]
 
-_LARGEST: Final = 16.0  # far beyond [0, 1], and below what 8-bit images reach
+LARGEST: Final = 16.0  # far beyond [0, 1], and below what 8-bit images reach
 _LOWEST: Final = -0.25  # what noise may reach in the darkest parts
 _NEGATIVE: Final = 0.25  # share of negative values that noise on a photograph does not make
 
@@ -47,7 +47,7 @@ def check_range(views: Tensor) -> None:
     if views.requires_grad or views.device.type != "cpu" or torch.compiler.is_compiling():
         return
     lowest, largest = (float(value) for value in views.aminmax())
-    if _LARGEST < largest < math.inf:
+    if LARGEST < largest < math.inf:
         raise ImageError(
             f"the perceiver got an image with values up to {largest:.4g}: expected RGB in [0, 1]. "
             "Divide 8-bit images by 255; of a network that takes such images, wrap(..., "

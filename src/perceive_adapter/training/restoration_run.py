@@ -138,7 +138,8 @@ class RestorationRun:
 
     def update(self, step: int, passes: list[RestorationSample]) -> None:
         """Take one optimizer step."""
-        if step % self.recipe.probe_every == 0 or math.isnan(self.psnr):
+        last = step + 1 == self.recipe.schedule.steps
+        if last or step % self.recipe.probe_every == 0 or math.isnan(self.psnr):
             self._look(step)
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         # Whatever is random in the network hangs on the step, so that a resumed run repeats it.
