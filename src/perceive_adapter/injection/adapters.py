@@ -148,7 +148,7 @@ class AdapterSet(nn.ModuleDict):
         """Raise if one of ``names`` is no adapter's, nor None.
 
         Raises:
-            ConfigError: so it is.
+            ConfigError: a name is unknown.
         """
         for name in names:
             if name is not None:

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from perceive_adapter.errors import ConfigError, SiteError
 from perceive_adapter.injection.globs import matching
 from perceive_adapter.warning import warn
+from perceive_adapter.weights import is_sharded
 
 __all__ = ["FrozenBackbone", "hold_in_eval"]
 
@@ -90,7 +91,7 @@ class FrozenBackbone:
         """Raise where parameters may have trained that nobody has asked to keep.
 
         Raises:
-            ConfigError: so it is.
+            ConfigError: there are such parameters.
         """
         own = ((name, p) for name, p in self._parameters() if name in self.required)
         lost = [name for name, p in own if p.requires_grad and name not in self.originals]
@@ -108,13 +109,16 @@ class FrozenBackbone:
         Args:
             weights: of the backbone, by its names.
         """
+        if not self.originals:
+            return
         others = [
             name
             for name, parameter in self._parameters()
-            if name in weights and name not in self.originals and not parameter.is_meta
+            if name in weights and name not in self.originals
+            if not (parameter.is_meta or is_sharded(parameter))
             if not torch.equal(parameter, weights[name].to(parameter))
         ]
-        if self.originals and others:
+        if others:
             warn(
                 f"the state dict has other values for {len(others)} frozen parameters than the "
                 f"network that was wrapped, such as {others[0]!r}: unwrap() will put back values "

@@ -323,7 +323,7 @@ class PromptInjector(nn.Module):
         """Raise where the backbone runs with a perception already; the caller holds the lock.
 
         Raises:
-            PerceptionError: so it is.
+            PerceptionError: a forward pass or a fold is under way.
         """
         if self.state.armed:
             raise PerceptionError(

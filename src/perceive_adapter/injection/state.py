@@ -204,7 +204,7 @@ class ConditionState:
         """Raise where hooks run again while another thread has folded the layers' weights.
 
         Raises:
-            PerceptionError: so it is.
+            PerceptionError: another thread has.
         """
         if not torch.compiler.is_compiling() and self._is_replayed():
             raise PerceptionError(
@@ -233,12 +233,12 @@ class ConditionState:
     def _current(self) -> HookInputs | None:
         if not self.enabled:
             return None
-        if self.lost:
-            raise BackboneError(
-                "the model that wrapped this network is gone, and its hooks are still there: "
-                "wrap() it again, which takes them off"
-            )
         if not self.armed:
+            if self.lost:
+                raise BackboneError(
+                    "the model that wrapped this network is gone, and its hooks are still there: "
+                    "wrap() it again, which takes them off"
+                )
             raise PerceptionError(
                 "the wrapped backbone was called by itself, without a fresh perception; call the "
                 "PerceiveModel, or use its disabled() context, or unwrap() it (a copy of a wrapped "

@@ -62,7 +62,7 @@ def check_sources(sources: Mapping[str, int], told: Mapping[str, int]) -> None:
     """Raise where what is told has another width than a source; others may be given later.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: a width differs.
     """
     for name, width in sources.items():
         if width != told.get(name, width):

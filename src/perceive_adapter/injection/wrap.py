@@ -178,7 +178,7 @@ def _check_arguments(backbone: nn.Module) -> None:
     """Raise if the model takes for itself what the backbone's own arguments are called.
 
     Raises:
-        BackboneError: so it is.
+        BackboneError: an argument has one of these names.
     """
     names = inspect.signature(backbone.forward).parameters
     if taken := [name for name in ("perception", "adapter_names") if name in names]:

@@ -49,7 +49,7 @@ def check_unit_range(name: str, image: Tensor) -> None:
     """Raise where an image has the values of 8-bit ones; a look at those on a GPU would wait.
 
     Raises:
-        LossInputError: so it is.
+        LossInputError: the largest value is above 16.
     """
     if image.device.type != "cpu" or torch.compiler.is_compiling():
         return
