@@ -163,21 +163,24 @@ def run(arguments: Namespace) -> int:
     needs("accelerate", "torchmetrics", extra="train")
     from accelerate import Accelerator
 
+    from perceive_adapter.data.restoration import check_tasks
     from perceive_adapter.training.restoration import check_patch
     from perceive_adapter.training.runs import claim_folder
     from perceive_adapter.training.stage2 import objective_for, train_restoration
 
+    # What may be wrong with the options shows before all of the data is read.
     recipe = make_recipe(arguments)
-    found = find_data(arguments.data, arguments.broken)
-    _check_tasks(arguments.tasks, found)
-    data = make_data(found, arguments)
+    check_tasks(arguments.tasks)
     mediums = _mediums(arguments)
     accelerator = Accelerator(
         mixed_precision=arguments.precision, cpu=arguments.cpu, **_logged(arguments)
     )
     model = _wrapped(arguments).to(accelerator.device)
     objective = objective_for(model, recipe.weights)
-    check_patch(model, data.patch)
+    check_patch(model, arguments.patch)
+    found = find_data(arguments.data, arguments.broken)
+    _check_photos(arguments.tasks, found)
+    data = make_data(found, arguments)
     options = options_of(arguments, recipe, found, model, mediums, accelerator.mixed_precision)
     with accelerator.main_process_first():
         checkpoints = claim_folder(arguments.out, options)
@@ -204,7 +207,7 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _check_tasks(tasks: list[str], found: TrainingFiles) -> None:
+def _check_photos(tasks: list[str], found: TrainingFiles) -> None:
     if tasks != _TASKS and not found.photos:
         raise ConfigError(
             f"--tasks {' '.join(tasks)} names degradations of clean photographs, and --data holds "
@@ -216,6 +219,11 @@ def _mediums(arguments: Namespace) -> list[MediumSource]:
     """Load what half-restores images."""
     from perceive_adapter.training.mediums import EARLIER
 
+    if arguments.mediums and not arguments.difficulty_adaptive:
+        raise ConfigError(
+            "--mediums are for the difficulty-adaptive loss: leave them out, or give it a weight, "
+            "as with --difficulty-adaptive 0.1."
+        )
     told: list[str] = arguments.mediums
     return [EARLIER if name == EARLIER else load_network(name, "--mediums") for name in told]
 
@@ -226,6 +234,10 @@ def _wrapped(arguments: Namespace) -> PerceiveModel:
 
     from perceive_adapter import AdapterConfig, wrap
 
+    if "auto" in arguments.treat and len(arguments.treat) > 1:
+        raise ConfigError(
+            f"--treat {' '.join(arguments.treat)}: auto stands alone. Name degradations, or auto."
+        )
     set_seed(arguments.seed)
     backbone = load_network(arguments.backbone)
     if arguments.adapter is None:

@@ -29,6 +29,7 @@ __all__ = [
     "RestorationData",
     "RestorationSample",
     "Source",
+    "check_tasks",
 ]
 
 _GOLDEN: Final = (5**0.5 - 1) / 2
@@ -71,6 +72,26 @@ class Source(Protocol):
         ...
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise if photographs cannot be degraded as these tasks say.
+
+    Args:
+        tasks: see :class:`CleanPhotos`.
+
+    Raises:
+        ConfigError: a task names no degradation, or is there twice.
+    """
+    for task in tasks:
+        for name in task.split("+"):
+            if name not in DEGRADATIONS:
+                raise ConfigError(
+                    f"the task {task!r} names no degradation: expected one of "
+                    f"{', '.join(DEGRADATIONS)}, or several of them joined by +."
+                )
+    if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
+        raise ConfigError(f"tasks={tasks} has {', '.join(twice)} more than once.")
+
+
 class CleanPhotos:
     """Clean photographs that are degraded while they are drawn; none comes half restored.
 
@@ -91,17 +112,9 @@ class CleanPhotos:
         tasks: Sequence[str] = tuple(DEGRADATIONS),
         severity: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        for task in tasks:
-            for name in task.split("+"):
-                if name not in DEGRADATIONS:
-                    raise ConfigError(
-                        f"the task {task!r} names no degradation: expected one of "
-                        f"{', '.join(DEGRADATIONS)}, or several of them joined by +."
-                    )
+        check_tasks(tasks)
         if not 0 <= severity[0] <= severity[1] <= 1:
             raise ConfigError(f"severity={severity}: expected least and greatest in [0, 1].")
-        if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
-            raise ConfigError(f"tasks={tasks} has {', '.join(twice)} more than once.")
         self.photos, self.tasks, self.severity = photos, tuple(tasks), severity
         self.mediums = 0
 
