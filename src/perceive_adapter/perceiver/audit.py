@@ -10,6 +10,7 @@ from types import EllipsisType
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from perceive_adapter.data.degradations import DEGRADATIONS, FAMILY_OF
 from perceive_adapter.data.samples import (
@@ -28,6 +29,7 @@ __all__ = ["LEVELS", "Audit", "Findings", "audit", "spearman"]
 LEVELS = tuple(index / 7 for index in range(8))
 """Severities at which every photograph is degraded."""
 
+_PROGRESS_AFTER = 2  # seconds
 _VISIBLE = 0.3  # severity from which the type must be told
 _LOW = 0.5  # severity from which an image is of the low tier
 
@@ -129,7 +131,9 @@ def audit(
     medium = medium or Milder()
     device = perceiver.prompts.context.device
     findings = {name: Findings() for name in degradations}
-    for index, photo in enumerate(photos):
+    # A terminal is shown how far it is, once that takes a while.
+    progress = tqdm(photos, "audit", ncols=80, delay=_PROGRESS_AFTER, disable=None, leave=False)
+    for index, photo in enumerate(progress):
         clean = photo[None].float() / 255
         window = _window(photo, patch, seed * 1009 + index)
         high = perceiver(clean[window].to(device))
