@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -412,6 +413,19 @@ def test_what_an_interrupted_run_has_told_is_json(
     assert restore("photos", "--out", "out", "--json") == 130
     (one,) = json.loads(capsys.readouterr().out)
     assert one["restored"] == "out/a.png"
+
+
+def test_warnings_are_told_without_lines_of_code(model: PerceiveModel) -> None:
+    photograph("photos/a.png")
+    with torch.no_grad():
+        model.backbone.body[0].weight.mul_(1.01)
+    model.save_pretrained("of-another")
+    told = [sys.executable, "-m", "perceive_adapter", "restore", "photos", "--out", "out"]
+    told += ["--backbone", "nets:Small", "--adapter", "of-another", "--device", "cpu"]
+    done = subprocess.run(told, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.startswith("perceive-adapter: note: of-another was trained on a Small with ")
+    assert "__main__" not in done.stderr
 
 
 def test_of_animations_it_is_said_that_the_first_frame_is_taken(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from wrapping import moved, wrapped
 
 from perceive_adapter import AdapterConfig, PerceiveModel, Perception, QualityPerceiver, wrap
-from perceive_adapter.errors import ConfigError, PerceptionError
+from perceive_adapter.errors import BackboneError, ConfigError, PerceptionError
 
 IMAGE = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 
@@ -179,3 +179,12 @@ def test_semantics_guide_in_half_precision(dtype: torch.dtype) -> None:
     found = model.to(dtype).perceive(image.to(dtype)).semantic
     assert found.dtype == dtype
     assert torch.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_the_old_way_of_tracing_names_the_new_one(model: PerceiveModel) -> None:
+    with pytest.raises(BackboneError, match=r"use torch\.export, or torch\.onnx\.export"):
+        torch.jit.trace(model, (IMAGE,))
+    bare = wrap(zoo.UShape(), perceiver=False).eval()
+    traced = torch.jit.trace(bare, (IMAGE,), check_trace=False)
+    torch.testing.assert_close(traced(IMAGE), bare(IMAGE))

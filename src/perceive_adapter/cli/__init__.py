@@ -7,8 +7,9 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from perceive_adapter._version import __version__
 from perceive_adapter.cli import evaluate, finetune, inspect, perceive, restore, train_perceiver
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: no name ends a run
+    if argv is None:
+        warnings.showwarning = _show_warning
     try:
         parser, commands = _parsers()
         given = sys.argv[1:] if argv is None else argv
@@ -66,6 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 70
     return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print what a user of the command line has use for, without a line of our code."""
+    text = f"perceive-adapter: note: {message}\n"
+    if not issubclass(category, UserWarning):
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    print(text, end="", file=file or sys.stderr)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -123,10 +123,15 @@ class PerceiveModel(nn.Module):
             ImageError: the image is no floating-point (B, C, H, W) tensor on the model's device.
             PerceptionError: the perception does not fit the batch or the adapter.
             ConfigError: an adapter's name is unknown, or there is not one for each image.
-            BackboneError: the model was unwrapped.
+            BackboneError: the model was unwrapped, or is traced by ``torch.jit``.
         """
         if torch.compiler.is_compiling():  # no locks there
             return self._run_traced(perception, adapter_names, args, kwargs)
+        if torch._C._get_tracing_state() is not None and self.perceiver is not None:
+            raise BackboneError(
+                "torch.jit.trace cannot follow how an image is cut for the perceiver: use "
+                "torch.export, or torch.onnx.export(..., dynamo=True)"
+            )
         if getattr(self, "_is_replica", False):
             raise BackboneError(
                 "nn.DataParallel copies the model without its hooks' prompt modules: use "
