@@ -95,6 +95,7 @@ def test_both_stages_train() -> None:
         train_perceiver(trained, samplers, recipe=stage1, mediums=[Mixed([Blend(), Milder()])])
         audit(trained, photos()[:1], degradations=("rain",), patch=32)
         batch = draw_batch(samplers[0], 12, 32, towers.tokenize, seeded(0, 0))
+    assert {part.device.type for part in batch} == {"cpu"}
     assert towers.loss(batch).isfinite()  # open_clip itself counts texts on the default device
     assert trained.trained
     for module in (model, trained):

@@ -216,7 +216,7 @@ def test_an_oracle_may_stand_in_for_perception() -> None:
         return Perception(severity=samples.severity)
 
     train(steered, steps=3, perceive=truth)
-    assert len(told) == 4  # three steps and one look at the probe
+    assert len(told) == 5  # three steps, and a look at the probe in the first and in the last
     assert (told[1] > 0).sum(dim=1).eq(1).all()
 
 

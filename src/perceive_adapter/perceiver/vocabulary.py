@@ -44,7 +44,7 @@ class WordTokenizer:
             ConfigError: a text has an unknown word, or too many words.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64, device="cpu")
         for row, text in zip(tokens, texts, strict=True):
             words = text.lower().split()
             if unknown := [word for word in words if word not in self._tokens]:
