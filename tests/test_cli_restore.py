@@ -425,6 +425,7 @@ def test_warnings_are_told_without_lines_of_code(model: PerceiveModel) -> None:
     done = subprocess.run(told, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr.startswith("perceive-adapter: note: of-another was trained on a Small with ")
+    assert "it loads, since the shapes agree, and may restore badly" in done.stderr
     assert "__main__" not in done.stderr
 
 

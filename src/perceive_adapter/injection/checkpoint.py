@@ -143,9 +143,8 @@ def save_adapter(
     tensors = {INJECTOR_PREFIX + k: v for k, v in model.injector.state_dict().items()}
     tensors |= {BACKBONE_PREFIX + name: value for name, value in frozen.changed().items()}
     sharded = any(map(is_sharded, tensors.values()))
-    tensors = {
-        name: full_tensor(value) for name, value in tensors.items()
-    }  # every process must gather
+    # Every process must gather.
+    tensors = {name: full_tensor(value) for name, value in tensors.items()}
     if sharded and dist.get_rank() != 0:
         return False
     save_folder(
@@ -335,7 +334,7 @@ def _check_backbone(
     if found != record.backbone.fingerprint:
         warn(
             f"{where} was trained on a {record.backbone.name} with other weights than this "
-            f"{kind}; it loads, since the shapes resolve_saved, and may restore badly"
+            f"{kind}; it loads, since the shapes agree, and may restore badly"
         )
 
 

@@ -34,7 +34,7 @@ class DifficultyAdaptiveLoss(nn.Module):
 
     An adapter starts at the identity, where the restored image may equal the degraded one and the
     denominator D would be 0. It is therefore softened to
-    :math:`\sqrt{D^2 + (\epsilon s)^2}`` with s = max(d(GT, LQ), ``min_distance`), constant in R, so
+    :math:`\sqrt{D^2 + (\epsilon s)^2}` with s = max(d(GT, LQ), ``min_distance``), constant in R, so
     that value and gradient do not depend on the scale of the features. With the default
     :math:`\epsilon = 0.5` and no medium image, per unit of level weight, the loss of an exact copy
     of the degraded image is 2, its gradient in units of d is at most 4.3 / s on the way from there

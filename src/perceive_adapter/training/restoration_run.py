@@ -265,7 +265,8 @@ class RestorationRun:
         inner = self.accelerator.unwrap_model(self.step)
         terms = {n: " ".join(repr(term).split()) for n, term in inner.objective.named_children()}
         told["objective"] = {"weights": asdict(inner.objective.weights), **terms}
-        others = [name for name in inner.state_dict() if name not in _frozen(inner)]
+        frozen = _frozen(inner)
+        others = [name for name in inner.state_dict() if name not in frozen]
         told["frozen"] = fingerprint(inner, leave_out=others)
         return {**told, "precision": self.accelerator.mixed_precision}
 
