@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from perceive_adapter.errors import ConfigError, LossInputError
-from perceive_adapter.losses import DifficultyAdaptiveLoss, ModuleFeatures
+from perceive_adapter.losses import DifficultyAdaptiveLoss, FilterPyramid, ModuleFeatures
 from perceive_adapter.losses import difficulty as module
 
 
@@ -125,6 +125,12 @@ def test_eps_towards_zero_gives_the_papers_ratio():
     loss.update_difficulty(99.0)
     value = loss(restored, target, degraded, [medium]).item()
     assert value == pytest.approx(0.1 / (2 * 0.2 + 1.25 * 0.1), rel=1e-6)
+
+
+def test_targets_of_8_bits_are_refused():
+    loss, image = DifficultyAdaptiveLoss(FilterPyramid(1)), torch.rand(1, 3, 16, 16)
+    with pytest.raises(LossInputError, match=r"target has values up to 2\d\d.*divide 8-bit"):
+        loss(image, 255 * image, image)
 
 
 def test_a_tie_in_psnr_is_hard():
